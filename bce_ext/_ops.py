@@ -1,0 +1,11 @@
+"""Loads the operator library, after which ``torch.ops.bce_ext`` holds the operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("libbce_ext.so")
+
+torch.ops.load_library(LIBRARY)

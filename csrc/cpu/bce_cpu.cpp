@@ -1,0 +1,117 @@
+// The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in block_kernel.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <atomic>
+
+#include "../pass.h"
+#include "block_kernel.h"
+
+namespace bce_ext {
+namespace {
+
+// PyTorch's own choice for its kernels, ATEN_CPU_CAPABILITY included.
+Isa isa() {
+  static const Isa chosen = [] {
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return Isa::Avx512;
+    if (capability == "AVX2") return Isa::Avx2;
+    return Isa::Baseline;
+  }();
+  return chosen;
+}
+
+// Half of the time of a large pass would go into page faults of the fresh output, 4 KiB at a time. Asking for huge pages before the first touch
+// takes one fault for 2 MiB.
+void advise_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  if (tensor.nbytes() < 2 * kHugePage) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: where it is refused, nothing is lost but time
+#endif
+}
+
+Tensor empty_output(const Pass& pass, const Tensor& like, at::ScalarType dtype) {
+  Tensor output = at::empty_strided(pass.sizes(), pass.strides(), like.options().dtype(dtype));
+  advise_huge_pages(output);
+  return output;
+}
+
+// Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are added in order, so the
+// result does not depend on the number of threads.
+double run(const Problem& problem) {
+  const int64_t chunks = (problem.numel + kChunk - 1) / kChunk;
+  const ChunkKernel kernel = chunk_kernel(problem, isa());
+  c10::SmallVector<double, 64> sums(chunks);
+  std::atomic<bool> in_range{true};
+  at::parallel_for(0, chunks, /*grain_size=*/2, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk * kChunk;
+      const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
+      sums[chunk] = result.sum;
+      if (!result.input_in_range) in_range = false;
+    }
+  });
+  TORCH_CHECK(in_range, "binary_cross_entropy: all elements of input should be between 0 and 1");
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+Tensor scalar_loss(double sum, int64_t divisor, const Tensor& input, at::ScalarType dtype) {
+  return at::full({}, sum / static_cast<double>(divisor), input.options().dtype(dtype));
+}
+
+Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
+                bool reduce, int64_t divisor, at::ScalarType dtype) {
+  Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
+  pass.problem.reduce = reduce;
+  if (reduce) return scalar_loss(run(pass.problem), divisor, input, dtype);
+  Tensor loss = empty_output(pass, input, dtype);
+  pass.problem.loss = output_of(loss);
+  run(pass.problem);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                             const OptionalTensor& pos_weight, bool with_logits, int64_t divisor, at::ScalarType dtype) {
+  Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
+  Tensor grad_input = empty_output(pass, input, input.scalar_type());
+  pass.problem.reduce = true;
+  pass.problem.scale = 1.0 / static_cast<double>(divisor);
+  pass.problem.grad_input = output_of(grad_input);
+  return {scalar_loss(run(pass.problem), divisor, input, dtype), std::move(grad_input)};
+}
+
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                        const OptionalTensor& pos_weight, bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
+  Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
+  pass.problem.scale = 1.0 / static_cast<double>(divisor);
+  Tensor grad_input = output_mask[0] ? empty_output(pass, input, input.scalar_type()) : at::empty({0}, input.options());
+  Tensor grad_target = output_mask[1] ? empty_output(pass, target, target.scalar_type()) : at::empty({0}, target.options());
+  if (output_mask[0]) pass.problem.grad_input = output_of(grad_input);
+  if (output_mask[1]) pass.problem.grad_target = output_of(grad_target);
+  run(pass.problem);
+  return {std::move(grad_input), std::move(grad_target)};
+}
+
+void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
+  if (grad_output.item().toDouble() != 1.0) grad.mul_(grad_output);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bce_ext, CPU, m) {
+  m.impl("_bce_loss", loss_cpu);
+  m.impl("_bce_loss_and_grad", loss_and_grad_cpu);
+  m.impl("_bce_backward", backward_cpu);
+  m.impl("_scale_grad_", scale_grad_cpu);
+}
+
+}  // namespace bce_ext

@@ -1,0 +1,42 @@
+// The operators on tensors without memory: what shape, dtype and layout comes out. torch.compile, export and fake tensors ask this.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace bce_ext {
+namespace {
+
+// As Pass lays outputs out: dense, in the memory order of the input.
+Tensor empty_output(const Tensor& like, at::ScalarType dtype) { return at::empty_like(like, like.options().dtype(dtype)); }
+
+Tensor loss_meta(const Tensor& input, const Tensor& /*target*/, const OptionalTensor& /*weight*/, const OptionalTensor& /*pos_weight*/,
+                 bool /*with_logits*/, bool reduce, c10::SymInt /*divisor*/, at::ScalarType dtype) {
+  return reduce ? at::empty({}, input.options().dtype(dtype)) : empty_output(input, dtype);
+}
+
+std::tuple<Tensor, Tensor> loss_and_grad_meta(const Tensor& input, const Tensor& /*target*/, const OptionalTensor& /*weight*/,
+                                              const OptionalTensor& /*pos_weight*/, bool /*with_logits*/, c10::SymInt /*divisor*/,
+                                              at::ScalarType dtype) {
+  return {at::empty({}, input.options().dtype(dtype)), empty_output(input, input.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> backward_meta(const Tensor& /*grad_output*/, const Tensor& input, const Tensor& target, const OptionalTensor& /*weight*/,
+                                         const OptionalTensor& /*pos_weight*/, bool /*with_logits*/, c10::SymInt /*divisor*/,
+                                         std::array<bool, 2> output_mask) {
+  return {output_mask[0] ? empty_output(input, input.scalar_type()) : at::empty({0}, input.options()),
+          output_mask[1] ? empty_output(input, target.scalar_type()) : at::empty({0}, target.options())};
+}
+
+void scale_grad_meta(Tensor& /*grad*/, const Tensor& /*grad_output*/) {}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bce_ext, Meta, m) {
+  m.impl("_bce_loss", loss_meta);
+  m.impl("_bce_loss_and_grad", loss_and_grad_meta);
+  m.impl("_bce_backward", backward_meta);
+  m.impl("_scale_grad_", scale_grad_meta);
+}
+
+}  // namespace bce_ext

@@ -1,0 +1,40 @@
+// From tensors to the Problem that a kernel solves: the order in which the elements are walked, and how every operand lies relative to it.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include "ops.h"
+
+namespace bce_ext {
+
+// One pass over the elements. Holds the tensors that the pointers of `problem` look into.
+class Pass {
+ public:
+  // `grad_output`: null in the forward direction. `dtype`: of the loss.
+  Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_output = nullptr);
+
+  // The sizes and strides of the outputs: dense, in the memory order of the input, so that channels_last stays channels_last.
+  at::IntArrayRef sizes() const { return input_.sizes(); }
+  at::IntArrayRef strides() const { return strides_; }
+
+  Problem problem;
+
+ private:
+  struct Binding {
+    Operand* operand;
+    Tensor tensor;
+  };
+
+  void bind(Operand& operand, const Tensor& tensor);
+  bool bind_flat(const Binding& binding) const;
+  void plan_strided();
+  void make_flat(Binding& binding) const;
+
+  const Tensor& input_;
+  c10::SmallVector<int64_t, 6> strides_;
+  c10::SmallVector<Binding, 5> bindings_;
+};
+
+Output output_of(const Tensor& tensor);
+
+}  // namespace bce_ext

@@ -6,6 +6,4 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("libbce_ext.so")
-
-torch.ops.load_library(LIBRARY)
+torch.ops.load_library(Path(__file__).with_name("libbce_ext.so"))

@@ -18,7 +18,8 @@ Tensor loss_under_autocast(const Arguments& arguments, int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::_bce", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool, int64_t, at::ScalarType)>();
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   const auto autocast_key = at::autocast::get_autocast_dispatch_key_from_device_type(arguments.input.device().type());
   c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_key);
   return op.call(arguments.input, arguments.target, arguments.weight, arguments.pos_weight, arguments.with_logits, reduction,

@@ -140,13 +140,15 @@ Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::Sc
 Tensor with_logits_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
                             int64_t reduction) {
   const Arguments arguments{input, target, weight, pos_weight, /*with_logits=*/true};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return differentiable_loss(arguments, reduction, loss_dtype(arguments));
 }
 
 Tensor probabilities_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
   const Arguments arguments{input, target, weight, std::nullopt, /*with_logits=*/false};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return differentiable_loss(arguments, reduction, loss_dtype(arguments));
 }
 

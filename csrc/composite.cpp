@@ -84,13 +84,15 @@ namespace {
 Tensor with_logits_composite(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
                              int64_t reduction) {
   const Arguments arguments{input, target, weight, pos_weight, /*with_logits=*/true};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return composite_loss(arguments, reduction, loss_dtype(arguments));
 }
 
 Tensor probabilities_composite(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
   const Arguments arguments{input, target, weight, std::nullopt, /*with_logits=*/false};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return composite_loss(arguments, reduction, loss_dtype(arguments));
 }
 

@@ -50,11 +50,14 @@ auto find_operator(const char* name) {
 
 }  // namespace
 
-void check_arguments(const Arguments& arguments, int64_t reduction) {
-  const Tensor& input = arguments.input;
-  const Tensor& target = arguments.target;
+void check_reduction(int64_t reduction) {
   TORCH_CHECK_VALUE(reduction >= at::Reduction::None && reduction < at::Reduction::END, reduction,
                     " is not a valid value for reduction: expected 0 (none), 1 (mean) or 2 (sum)");
+}
+
+void check_arguments(const Arguments& arguments) {
+  const Tensor& input = arguments.input;
+  const Tensor& target = arguments.target;
   TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()), name_of(arguments), ": expected input of a real floating dtype, but got ",
                               input.scalar_type());
   TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided, name_of(arguments), ": expected a strided input, but got ", input.layout());
@@ -142,13 +145,15 @@ namespace {
 
 Tensor with_logits(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction) {
   const Arguments arguments{input, target, weight, pos_weight, /*with_logits=*/true};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return loss_without_grad(arguments, reduction, loss_dtype(arguments));
 }
 
 Tensor probabilities(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
   const Arguments arguments{input, target, weight, std::nullopt, /*with_logits=*/false};
-  check_arguments(arguments, reduction);
+  check_arguments(arguments);
+  check_reduction(reduction);
   return loss_without_grad(arguments, reduction, loss_dtype(arguments));
 }
 

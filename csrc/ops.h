@@ -27,9 +27,10 @@ struct Arguments {
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// Raises what torch raises for the same mistake: ValueError for the size of the target or the reduction, RuntimeError for weights that do not
-// broadcast and for mixed devices, NotImplementedError for logits that are not real floating point numbers in a strided tensor.
-void check_arguments(const Arguments& arguments, int64_t reduction);
+// Raise what torch raises for the same mistake: ValueError for the size of the target or the reduction, RuntimeError for weights that do not broadcast
+// and for mixed devices, NotImplementedError for logits that are not real floating point numbers in a strided tensor.
+void check_arguments(const Arguments& arguments);
+void check_reduction(int64_t reduction);
 
 // The dtype of the loss: that of input and target promoted, where an integral or bool target counts for nothing.
 at::ScalarType loss_dtype(const Arguments& arguments);

@@ -46,6 +46,7 @@ bool continues(const Dimension& outer, const Dimension& inner) {
 Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type()).value()}; }
 
 Pass::Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_output) : input_(arguments.input) {
+  check_arguments(arguments);  // anybody can call an internal operator, and none may read out of bounds
   problem.formula = arguments.with_logits ? Formula::WithLogits : Formula::Probabilities;
   problem.numel = input_.numel();
   problem.compute_in_double =

@@ -1,0 +1,30 @@
+// The CPU kernel: evaluates a stretch of a Problem on one thread. Free of ATen.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace bce_ext {
+
+// The instruction sets that the kernel is compiled for. Only Baseline exists outside x86-64.
+enum class Isa { Baseline, Avx2, Avx512 };
+
+// Whether this machine can execute it.
+bool is_supported(Isa isa);
+
+struct ChunkResult {
+  double sum = 0.0;            // of the losses, when the problem says `reduce`
+  bool input_in_range = true;  // for Formula::Probabilities: every input was in [0, 1], and none was NaN
+};
+
+// The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk and on nothing else.
+constexpr int64_t kChunk = 8192;
+
+// Evaluates the elements [begin, end) of the walk, at most kChunk of them.
+using ChunkKernel = ChunkResult (*)(const Problem& problem, int64_t begin, int64_t end);
+
+// The kernel for a problem: chosen once per pass, then called for each chunk by any thread. `isa` must be supported.
+ChunkKernel chunk_kernel(const Problem& problem, Isa isa);
+
+}  // namespace bce_ext

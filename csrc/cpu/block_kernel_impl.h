@@ -1,0 +1,400 @@
+// The body of the CPU kernel, compiled once per instruction set: a file block_kernel_<isa>.cpp defines BCE_EXT_ISA, a namespace, and
+// BCE_EXT_TARGET, the function attribute that selects the instructions, and includes this.
+//
+// Every function here that is not inlined carries BCE_EXT_TARGET and is local to its file. Compiling the files themselves for a newer machine would
+// let inline functions of the standard library, which the linker shares among all files, use its instructions everywhere. No lambdas: they do
+// not take the attribute of the function around them.
+//
+// A chunk is worked through in blocks that stay in the first-level cache, each in separate steps: read (convert or gather operands into
+// buffers of the compute type), compute, write, sum. Operands and outputs that lie in memory as the computation wants them are used in place.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../bce_math.h"
+#include "../problem.h"
+#include "block_kernel.h"
+#include "element_types.h"
+
+namespace bce_ext {
+namespace BCE_EXT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 512;
+// Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of partial sums.
+constexpr int64_t kLanes = 16;
+static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
+
+BCE_EXT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BCE_EXT_HOST_DEVICE int64_t round_to_lanes(int64_t n) { return (n + kLanes - 1) & ~(kLanes - 1); }
+
+// ---- read ----
+
+template <typename T, typename S>
+BCE_EXT_TARGET void convert(const S* __restrict in, int64_t n, T* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = load_as<T>(in[i]);
+}
+
+// Vector units convert 32-bit integers to floating point, 64-bit ones only from AVX-512 on; and labels are small.
+template <typename T, typename S>
+BCE_EXT_TARGET void convert_wide(const S* __restrict in, int64_t n, T* __restrict out) {
+  uint64_t high_bits = 0;
+  for (int64_t i = 0; i < n; ++i) high_bits |= (static_cast<uint64_t>(in[i]) + 0x80000000u) >> 32;
+  if (high_bits == 0) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<int32_t>(in[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+  }
+}
+
+template <typename T>
+BCE_EXT_TARGET void fill(T value, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+template <typename T, typename S>
+BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<S, int64_t> || std::is_same_v<S, uint64_t>) {
+      convert_wide(in, n, out);
+    } else {
+      convert(in, n, out);
+    }
+  } else if (stride == 0) {
+    fill(load_as<T>(*in), n, out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = load_as<T>(in[i * stride]);
+  }
+}
+
+// Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.
+template <typename T, typename S>
+BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  const int last = problem.ndim - 1;
+  const S* in = static_cast<const S*>(operand.data);
+  int64_t coordinates[kMaxDims];
+  for (int d = last; d >= 0; --d) {
+    coordinates[d] = begin % problem.sizes[d];
+    begin /= problem.sizes[d];
+    in += coordinates[d] * operand.strides[d];
+  }
+  const int64_t row = problem.sizes[last];
+  const int64_t stride = operand.strides[last];
+  for (;;) {
+    const int64_t run = smaller(n, row - coordinates[last]);
+    read_run(in, stride, run, out);
+    n -= run;
+    if (n == 0) return;
+    out += run;
+    in -= coordinates[last] * stride;
+    coordinates[last] = 0;
+    for (int d = last - 1; d >= 0; --d) {
+      in += operand.strides[d];
+      if (++coordinates[d] < problem.sizes[d]) break;
+      in -= problem.sizes[d] * operand.strides[d];
+      coordinates[d] = 0;
+    }
+  }
+}
+
+template <typename T, typename S>
+BCE_EXT_TARGET void read_elements(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  const S* in = static_cast<const S*>(operand.data);
+  switch (operand.layout) {
+    case Layout::Absent:
+      return fill(T(1), n, out);
+    case Layout::Scalar:
+      return fill(load_as<T>(*in), n, out);
+    case Layout::Flat:
+      return read_run(in + begin, 1, n, out);
+    case Layout::Strided:
+      return read_strided<T, S>(problem, operand, begin, n, out);
+  }
+}
+
+template <typename T>
+BCE_EXT_TARGET void read(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  switch (operand.dtype) {
+    case Dtype::Bool:
+      return read_elements<T, BoolBits>(problem, operand, begin, n, out);
+    case Dtype::UInt8:
+      return read_elements<T, uint8_t>(problem, operand, begin, n, out);
+    case Dtype::Int8:
+      return read_elements<T, int8_t>(problem, operand, begin, n, out);
+    case Dtype::Int16:
+      return read_elements<T, int16_t>(problem, operand, begin, n, out);
+    case Dtype::UInt16:
+      return read_elements<T, uint16_t>(problem, operand, begin, n, out);
+    case Dtype::Int32:
+      return read_elements<T, int32_t>(problem, operand, begin, n, out);
+    case Dtype::UInt32:
+      return read_elements<T, uint32_t>(problem, operand, begin, n, out);
+    case Dtype::Int64:
+      return read_elements<T, int64_t>(problem, operand, begin, n, out);
+    case Dtype::UInt64:
+      return read_elements<T, uint64_t>(problem, operand, begin, n, out);
+    case Dtype::Half:
+      return read_elements<T, HalfBits>(problem, operand, begin, n, out);
+    case Dtype::BFloat16:
+      return read_elements<T, BFloat16Bits>(problem, operand, begin, n, out);
+    case Dtype::Float:
+      return read_elements<T, float>(problem, operand, begin, n, out);
+    case Dtype::Double:
+      return read_elements<T, double>(problem, operand, begin, n, out);
+  }
+}
+
+// The number of elements after which the values of an operand repeat: the product of the sizes inside of the outermost dimension with a stride.
+BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
+  if (operand.layout == Layout::Absent || operand.layout == Layout::Scalar) return 1;
+  if (operand.layout == Layout::Flat) return problem.numel;
+  int first = 0;
+  while (first < problem.ndim && operand.strides[first] == 0) ++first;
+  int64_t product = 1;
+  for (int d = first; d < problem.ndim; ++d) product *= problem.sizes[d];
+  return product;
+}
+
+// Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a tile that holds every
+// block as a contiguous stretch.
+template <typename T>
+class OperandReader {
+ public:
+  BCE_EXT_TARGET OperandReader(const Problem& problem, const Operand& operand, int64_t numel)
+      : problem_(problem),
+        operand_(operand),
+        numel_(numel),
+        period_(period(problem, operand)),
+        in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
+        tiled_(operand.layout != Layout::Flat && period_ <= kBlock) {}
+
+  // The n elements from `begin` on, at most kBlock, followed by anything readable up to a multiple of kLanes.
+  BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
+    if (tiled_) {
+      if (!tile_is_read_) read_tile();
+      return buffer_ + begin % period_;
+    }
+    if (in_place_ && n % kLanes == 0) return static_cast<const T*>(operand_.data) + begin;
+    read(problem_, operand_, begin, n, buffer_);
+    fill(T(0), round_to_lanes(n) - n, buffer_ + n);
+    return buffer_;
+  }
+
+ private:
+  BCE_EXT_TARGET void read_tile() {
+    read(problem_, operand_, 0, period_, buffer_);
+    const int64_t length = period_ + smaller(kBlock, round_to_lanes(numel_));
+    for (int64_t filled = period_; filled < length;) {
+      const int64_t copied = smaller(filled, length - filled);
+      memcpy(buffer_ + filled, buffer_, copied * sizeof(T));
+      filled += copied;
+    }
+    tile_is_read_ = true;
+  }
+
+  const Problem& problem_;
+  const Operand& operand_;
+  const int64_t numel_;  // of the chunk
+  const int64_t period_;
+  const bool in_place_;
+  const bool tiled_;
+  bool tile_is_read_ = false;
+  T buffer_[2 * kBlock];
+};
+
+// ---- compute ----
+
+enum Wanted { kLoss = 1, kGradInput = 2, kGradTarget = 4 };
+
+template <typename T>
+using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* loss, T* grad_input, T* grad_target);
+
+template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
+BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w, const T* __restrict p, T scale,
+                            T* __restrict loss, T* __restrict grad_input, T* __restrict grad_target) {
+  n &= ~(kLanes - 1);
+  for (int64_t i = 0; i < n; ++i) {
+    T weight = T(1);
+    if constexpr (kHasWeight) weight = w[i];
+    Terms<T> terms;
+    if constexpr (kHasPosWeight) {
+      terms = Formula::evaluate(x[i], y[i], weight, p[i]);
+    } else {
+      terms = Formula::evaluate(x[i], y[i], weight, One{});
+    }
+    if constexpr ((kWanted & kLoss) != 0) loss[i] = terms.loss;
+    if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = scale * terms.grad_input;
+    if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = scale * terms.grad_target;
+  }
+}
+
+template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight>
+BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
+  switch (wanted) {
+    case kLoss:
+      return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight>;
+    case kGradInput:
+      return compute<T, Formula, kGradInput, kHasWeight, kHasPosWeight>;
+    case kGradTarget:
+      return compute<T, Formula, kGradTarget, kHasWeight, kHasPosWeight>;
+    case kLoss | kGradInput:
+      return compute<T, Formula, kLoss | kGradInput, kHasWeight, kHasPosWeight>;
+    case kGradInput | kGradTarget:
+      return compute<T, Formula, kGradInput | kGradTarget, kHasWeight, kHasPosWeight>;
+    default:
+      return compute<T, Formula, kLoss | kGradInput | kGradTarget, kHasWeight, kHasPosWeight>;
+  }
+}
+
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight) {
+  if constexpr (std::is_same_v<Formula, WithLogits>) {
+    if (has_pos_weight) {
+      return has_weight ? select_wanted<T, Formula, true, true>(wanted) : select_wanted<T, Formula, false, true>(wanted);
+    }
+  }
+  return has_weight ? select_wanted<T, Formula, true, false>(wanted) : select_wanted<T, Formula, false, false>(wanted);
+}
+
+template <typename T>
+BCE_EXT_TARGET void multiply(int64_t n, const T* a, const T* b, T* __restrict out) {
+  n &= ~(kLanes - 1);
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
+}
+
+template <typename T>
+BCE_EXT_TARGET bool all_in_unit_interval(int64_t n, const T* q) {
+  int outside = 0;
+  for (int64_t i = 0; i < n; ++i) outside |= !(q[i] >= T(0)) | !(q[i] <= T(1));
+  return outside == 0;
+}
+
+// ---- write ----
+
+template <typename S, typename T>
+BCE_EXT_TARGET void store(const T* __restrict in, int64_t n, void* data, int64_t begin) {
+  S* __restrict out = static_cast<S*>(data) + begin;
+  for (int64_t i = 0; i < n; ++i) store_as(in[i], out[i]);
+}
+
+template <typename T>
+class OutputWriter {
+ public:
+  BCE_EXT_TARGET explicit OutputWriter(const Output& output) : output_(output) {}
+
+  // Where to put the n elements from `begin` on, rounded up to a multiple of kLanes.
+  BCE_EXT_TARGET T* block(int64_t begin, int64_t n) {
+    const bool in_place = output_.data != nullptr && output_.dtype == dtype_of<T>() && n % kLanes == 0;
+    return in_place ? static_cast<T*>(output_.data) + begin : buffer_;
+  }
+
+  BCE_EXT_TARGET void finish(const T* block, int64_t begin, int64_t n) const {
+    if (output_.data == nullptr || block != buffer_) return;
+    switch (output_.dtype) {
+      case Dtype::Half:
+        return store<HalfBits>(block, n, output_.data, begin);
+      case Dtype::BFloat16:
+        return store<BFloat16Bits>(block, n, output_.data, begin);
+      case Dtype::Double:
+        return store<double>(block, n, output_.data, begin);
+      default:
+        return store<float>(block, n, output_.data, begin);
+    }
+  }
+
+ private:
+  const Output& output_;
+  T buffer_[kBlock];
+};
+
+// ---- sum ----
+
+// Adds element i to lane i % kLanes: the order does not depend on the instruction set.
+template <typename T>
+BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes) {
+  double sums[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(in[i + lane]);
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+}
+
+template <typename T, typename Formula>
+BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
+  OperandReader<T> input(problem, problem.input, end - begin);
+  OperandReader<T> target(problem, problem.target, end - begin);
+  OperandReader<T> weight(problem, problem.weight, end - begin);
+  OperandReader<T> pos_weight(problem, problem.pos_weight, end - begin);
+  OperandReader<T> grad_output(problem, problem.grad_output, end - begin);
+  OutputWriter<T> loss(problem.loss);
+  OutputWriter<T> grad_input(problem.grad_input);
+  OutputWriter<T> grad_target(problem.grad_target);
+
+  const bool has_weight = problem.weight.layout != Layout::Absent;
+  const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent;
+  const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
+  const int wanted = (problem.reduce || problem.loss.data != nullptr ? kLoss : 0) |
+                     (problem.grad_input.data != nullptr ? kGradInput : 0) | (problem.grad_target.data != nullptr ? kGradTarget : 0);
+  const Compute<T> compute_block = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
+  const T scale = static_cast<T>(problem.scale);
+
+  ChunkResult result;
+  double lanes[kLanes] = {};
+  T product[kBlock];
+  int64_t n;
+  for (int64_t at = begin; at < end; at += n) {
+    n = smaller(kBlock, end - at);
+    if (n > kLanes) n &= ~(kLanes - 1);  // what remains makes one last, small block
+    const int64_t padded = round_to_lanes(n);
+
+    const T* x = input.block(at, n);
+    const T* y = target.block(at, n);
+    const T* w = nullptr;
+    if (has_weight) w = weight.block(at, n);
+    if (has_grad_output) {
+      const T* g = grad_output.block(at, n);
+      if (has_weight) {
+        multiply(padded, w, g, product);
+        w = product;
+      } else {
+        w = g;
+      }
+    }
+    T* block_loss = loss.block(at, n);
+    T* block_grad_input = grad_input.block(at, n);
+    T* block_grad_target = grad_target.block(at, n);
+    const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
+    compute_block(padded, x, y, w, p, scale, block_loss, block_grad_input, block_grad_target);
+
+    loss.finish(block_loss, at, n);
+    grad_input.finish(block_grad_input, at, n);
+    grad_target.finish(block_grad_target, at, n);
+    if constexpr (std::is_same_v<Formula, Probabilities>) {
+      result.input_in_range = result.input_in_range && all_in_unit_interval(n, x);
+    }
+    if (problem.reduce) {
+      fill(T(0), padded - n, block_loss + n);
+      accumulate(block_loss, padded, lanes);
+    }
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  result.sum = lanes[0];
+  return result;
+}
+
+}  // namespace
+
+ChunkKernel select_chunk_kernel(const Problem& problem) {
+  if (problem.formula == Formula::WithLogits) {
+    return problem.compute_in_double ? evaluate_chunk<double, WithLogits> : evaluate_chunk<float, WithLogits>;
+  }
+  return problem.compute_in_double ? evaluate_chunk<double, Probabilities> : evaluate_chunk<float, Probabilities>;
+}
+
+}  // namespace BCE_EXT_ISA
+}  // namespace bce_ext

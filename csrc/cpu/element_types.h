@@ -1,0 +1,79 @@
+// The element types that memory holds, and their conversion from and to the types that the kernel computes in.
+#pragma once
+
+#include <cstdint>
+
+#include "../bce_math.h"
+#include "../problem.h"
+
+namespace bce_ext {
+
+struct BoolBits {
+  uint8_t bits;
+};
+struct HalfBits {
+  uint16_t bits;
+};
+struct BFloat16Bits {
+  uint16_t bits;
+};
+
+template <typename T, typename S>
+BCE_EXT_HOST_DEVICE T load_as(S value) {
+  return static_cast<T>(value);
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T load_as(BoolBits value) {
+  return value.bits != 0 ? T(1) : T(0);
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T load_as(BFloat16Bits value) {
+  return static_cast<T>(math::from_bits<float>(static_cast<uint32_t>(value.bits) << 16));
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T load_as(HalfBits value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16;
+  const uint32_t shifted = (value.bits & 0x7fffu) << 13;
+  // The multiplication corrects the exponent's bias, and makes normal numbers of subnormal ones.
+  const uint32_t finite = math::to_bits(math::from_bits<float>(shifted) * math::power_of_two<float>(112));
+  const uint32_t magnitude = shifted >= 0x0f800000u ? (shifted | 0x7f800000u) : finite;
+  return static_cast<T>(math::from_bits<float>(magnitude | sign));
+}
+
+// Stores round to nearest, ties to even; too large becomes infinite; NaN stays NaN.
+BCE_EXT_HOST_DEVICE void store_as(float value, BFloat16Bits& out) {
+  const uint32_t bits = math::to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+}
+
+BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {
+  constexpr uint32_t kTooLarge = 143u << 23;        // 2^16
+  constexpr uint32_t kSmallestNormal = 113u << 23;  // 2^-14
+  constexpr uint32_t kHalfUnit = 126u << 23;        // 0.5: its last place is the smallest subnormal of half
+  const uint32_t bits = math::to_bits(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t subnormal = math::to_bits(math::from_bits<float>(magnitude) + math::from_bits<float>(kHalfUnit)) - kHalfUnit;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;
+  out.bits = static_cast<uint16_t>((magnitude >= kTooLarge ? special : finite) | ((bits >> 16) & 0x8000u));
+}
+
+BCE_EXT_HOST_DEVICE void store_as(float value, float& out) { out = value; }
+BCE_EXT_HOST_DEVICE void store_as(float value, double& out) { out = value; }
+BCE_EXT_HOST_DEVICE void store_as(double value, BFloat16Bits& out) { store_as(static_cast<float>(value), out); }
+BCE_EXT_HOST_DEVICE void store_as(double value, HalfBits& out) { store_as(static_cast<float>(value), out); }
+BCE_EXT_HOST_DEVICE void store_as(double value, float& out) { out = static_cast<float>(value); }
+BCE_EXT_HOST_DEVICE void store_as(double value, double& out) { out = value; }
+
+template <typename T>
+constexpr Dtype dtype_of() {
+  return sizeof(T) == sizeof(double) ? Dtype::Double : Dtype::Float;
+}
+
+}  // namespace bce_ext

@@ -1,0 +1,123 @@
+// Element types: how each is converted to the type that a kernel computes in, and back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../problem.h"
+
+namespace bce_ext {
+namespace cuda {
+
+// A bool in memory. Any byte but 0 is true, also one that did not come from a comparison (a uint8 mask viewed as bool).
+struct Boolean {
+  uint8_t byte;
+};
+
+// The type to compute in for an input of type T: double for double, float for all others.
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename C, typename T>
+__device__ __forceinline__ C to_compute(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else if constexpr (std::is_same_v<T, Boolean>) {
+    return value.byte != 0 ? C(1) : C(0);
+  } else {
+    return static_cast<C>(value);
+  }
+}
+
+template <typename T, typename C>
+__device__ __forceinline__ T from_compute(C value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// Element `index` of an array whose type is known at run time only.
+template <typename C>
+__device__ __forceinline__ C load_element(const void* data, Dtype dtype, int64_t index) {
+  const auto load = [=](auto zero) { return to_compute<C>(static_cast<const decltype(zero)*>(data)[index]); };
+  switch (dtype) {
+    case Dtype::Bool:
+      return load(Boolean{});
+    case Dtype::UInt8:
+      return load(uint8_t{});
+    case Dtype::Int8:
+      return load(int8_t{});
+    case Dtype::Int16:
+      return load(int16_t{});
+    case Dtype::UInt16:
+      return load(uint16_t{});
+    case Dtype::Int32:
+      return load(int32_t{});
+    case Dtype::UInt32:
+      return load(uint32_t{});
+    case Dtype::Int64:
+      return load(int64_t{});
+    case Dtype::UInt64:
+      return load(uint64_t{});
+    case Dtype::Half:
+      return load(__half{});
+    case Dtype::BFloat16:
+      return load(__nv_bfloat16{});
+    case Dtype::Float:
+      return load(float{});
+    case Dtype::Double:
+      return load(double{});
+  }
+  return C(0);
+}
+
+// Stores to element `index` of an array of one of the four floating types.
+template <typename C>
+__device__ __forceinline__ void store_element(const Output& output, int64_t index, C value) {
+  const auto store = [=](auto zero) {
+    static_cast<decltype(zero)*>(output.data)[index] = from_compute<decltype(zero)>(value);
+  };
+  switch (output.dtype) {
+    case Dtype::Half:
+      return store(__half{});
+    case Dtype::BFloat16:
+      return store(__nv_bfloat16{});
+    case Dtype::Double:
+      return store(double{});
+    default:
+      return store(float{});
+  }
+}
+
+// The Dtype of an element type, and the size of an element.
+template <typename T>
+constexpr Dtype dtype_of() {
+  if constexpr (std::is_same_v<T, Boolean>) {
+    return Dtype::Bool;
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    return Dtype::UInt8;
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    return Dtype::Int64;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return Dtype::Half;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return Dtype::BFloat16;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return Dtype::Float;
+  } else {
+    static_assert(std::is_same_v<T, double>, "no vector path for this type");
+    return Dtype::Double;
+  }
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

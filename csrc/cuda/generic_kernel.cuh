@@ -1,0 +1,90 @@
+// The kernel for everything else: any element types, any strides, decided per element.
+#pragma once
+
+#include "vector_kernel.cuh"
+
+namespace bce_ext {
+namespace cuda {
+
+constexpr int kGenericUnroll = 8;  // elements of a thread whose losses are summed in the type computed in
+constexpr int64_t kGenericTile = kThreads * kGenericUnroll;
+
+struct GenericArguments {
+  Problem problem;
+  Divider sizes[kMaxDims];
+  double* partials = nullptr;
+};
+
+// The offset of element `index` of the walk in a Strided operand.
+__device__ __forceinline__ int64_t strided_offset(const Operand& operand, const GenericArguments& arguments, int64_t index) {
+  int64_t offset = 0;
+  for (int d = arguments.problem.ndim - 1; d >= 0; --d) {
+    const int64_t outer = arguments.sizes[d].divide(index);
+    offset += (index - outer * arguments.sizes[d].divisor()) * operand.strides[d];
+    index = outer;
+  }
+  return offset;
+}
+
+template <typename C>
+__device__ __forceinline__ C read(const Operand& operand, const GenericArguments& arguments, int64_t index) {
+  if (operand.layout == Layout::Absent) {
+    return C(1);
+  }
+  if (operand.layout == Layout::Scalar) {
+    index = 0;
+  } else if (operand.layout == Layout::Strided) {
+    index = strided_offset(operand, arguments, index);
+  }
+  return load_element<C>(operand.data, operand.dtype, index);
+}
+
+template <typename Policy, typename C>
+__device__ __forceinline__ C generic_element(const GenericArguments& arguments, int64_t index) {
+  const Problem& problem = arguments.problem;
+  const C x = read<C>(problem.input, arguments, index);
+  const C y = read<C>(problem.target, arguments, index);
+  const C w = read<C>(problem.weight, arguments, index) * read<C>(problem.grad_output, arguments, index);
+  const C p = read<C>(problem.pos_weight, arguments, index);
+  if constexpr (std::is_same_v<Policy, Probabilities>) {
+    CUDA_KERNEL_ASSERT(x >= C(0) && x <= C(1));
+  }
+  const Terms<C> terms = Policy::evaluate(x, y, w, p);
+  const C scale = static_cast<C>(problem.scale);
+  if (problem.loss.data != nullptr) {
+    store_element(problem.loss, index, terms.loss);
+  }
+  if (problem.grad_input.data != nullptr) {
+    store_element(problem.grad_input, index, scale * terms.grad_input);
+  }
+  if (problem.grad_target.data != nullptr) {
+    store_element(problem.grad_target, index, scale * terms.grad_target);
+  }
+  return terms.loss;
+}
+
+template <typename Policy, typename C>
+__global__ void __launch_bounds__(kThreads) generic_kernel(const GenericArguments arguments) {
+  const int64_t numel = arguments.problem.numel;
+  double sum = 0;
+  for (int64_t tile = blockIdx.x; tile * kGenericTile < numel; tile += gridDim.x) {
+    C tile_sum = 0;
+#pragma unroll 1
+    for (int u = 0; u < kGenericUnroll; ++u) {
+      const int64_t index = tile * kGenericTile + u * kThreads + threadIdx.x;
+      if (index < numel) {
+        tile_sum += generic_element<Policy, C>(arguments, index);
+      }
+    }
+    sum += tile_sum;
+  }
+  if (arguments.partials != nullptr) {
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) {
+      arguments.partials[blockIdx.x] = sum;
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

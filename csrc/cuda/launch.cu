@@ -1,0 +1,34 @@
+#include "launch.h"
+
+#include <c10/cuda/CUDAException.h>
+
+#include "solve.cuh"
+
+namespace bce_ext {
+namespace cuda {
+namespace {
+
+struct StreamLauncher {
+  cudaStream_t stream;
+
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
+    kernel<<<static_cast<unsigned int>(blocks), threads, 0, stream>>>(arguments...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+}  // namespace
+
+int64_t partials_size(int64_t numel) { return max_partials(numel); }
+
+void solve(const Problem& problem, double* partials, double divisor, const Output& total, cudaStream_t stream) {
+  solve(problem, partials, divisor, total, StreamLauncher{stream});
+}
+
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype, cudaStream_t stream) {
+  scale_grad(grad, numel, grad_output, grad_output_dtype, StreamLauncher{stream});
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

@@ -1,0 +1,52 @@
+// The second stage of the sum, and the scaling of a stored gradient.
+#pragma once
+
+#include "block_reduce.cuh"
+#include "vector_kernel.cuh"
+
+namespace bce_ext {
+namespace cuda {
+
+constexpr int kSumThreads = 512;
+
+// result = (sum of partials) / divisor, in an order that depends on their number alone. One block.
+static __global__ void __launch_bounds__(kSumThreads) final_sum_kernel(const double* partials, int64_t num_partials, double divisor, Output result) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < num_partials; i += kSumThreads) {
+    sum += partials[i];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    store_element(result, 0, sum / divisor);
+  }
+}
+
+// grad *= grad_output, where grad_output is one value on the device. When it is 1, which is the rule, nothing is read or written.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scale_kernel(T* grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype) {
+  using C = compute_t<T>;
+  constexpr int N = kVectorBytes / sizeof(T);
+  const C factor = load_element<C>(grad_output, grad_output_dtype, 0);
+  if (factor == C(1)) {
+    return;
+  }
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % kVectorBytes == 0;
+  const int64_t num_vectors = aligned ? numel / N : 0;
+  for (int64_t i = first; i < num_vectors; i += num_threads) {
+    const auto vector = load_vector<T, N>(grad, i * N);
+    C scaled[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      scaled[k] = factor * to_compute<C>(vector.values[k]);
+    }
+    store_vector<T>(grad, i * N, scaled);
+  }
+  for (int64_t i = num_vectors * N + first; i < numel; i += num_threads) {
+    grad[i] = from_compute<T>(factor * to_compute<C>(grad[i]));
+  }
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

@@ -1,0 +1,223 @@
+// From a Problem to the kernel that solves it. What launches a kernel is a parameter, so that the choice made here can be run without a GPU.
+#pragma once
+
+#include <algorithm>
+
+#include "generic_kernel.cuh"
+#include "small_kernels.cuh"
+
+namespace bce_ext {
+namespace cuda {
+
+// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. Enough for many rounds of blocks on any
+// GPU, which evens out when they end; few enough for the second stage of the sum to be short.
+constexpr int64_t kMaxBlocks = 8192;
+
+// A launcher is called as launch(kernel, blocks, threads, arguments...).
+
+inline int64_t num_blocks(int64_t numel, int64_t tile, int64_t max_blocks) {
+  return std::min((numel + tile - 1) / tile, max_blocks);
+}
+
+// A Strided operand as a Factor of at most three dimensions; false when it has more.
+inline bool collapse(const Operand& operand, const Problem& problem, Factor& factor) {
+  int64_t sizes[3] = {1, 1, 1};
+  int64_t strides[3] = {0, 0, 0};  // innermost first
+  int count = 0;
+  for (int d = problem.ndim - 1; d >= 0; --d) {
+    if (problem.sizes[d] == 1) {
+      continue;
+    }
+    if (count > 0 && operand.strides[d] == strides[count - 1] * sizes[count - 1]) {
+      sizes[count - 1] *= problem.sizes[d];
+      continue;
+    }
+    if (count == 3) {
+      return false;
+    }
+    sizes[count] = problem.sizes[d];
+    strides[count] = operand.strides[d];
+    ++count;
+  }
+  factor.inner = Divider(sizes[0]);
+  factor.middle = Divider(sizes[1]);
+  factor.inner_stride = strides[0];
+  factor.middle_stride = strides[1];
+  factor.outer_stride = strides[2];
+  return true;
+}
+
+// How the vector kernel with vectors of N elements reads an operand; false when it cannot.
+template <typename Input, int N>
+bool make_factor(const Operand& operand, const Problem& problem, Factor& factor) {
+  using C = compute_t<Input>;
+  if (operand.layout == Layout::Absent) {
+    return true;
+  }
+  factor.data = operand.data;
+  factor.dtype = operand.dtype;
+  if (operand.layout == Layout::Scalar) {
+    return true;
+  }
+  if (operand.dtype != dtype_of<Input>() && operand.dtype != dtype_of<C>()) {
+    return false;
+  }
+  const bool aligned = operand.dtype == dtype_of<C>() ? is_aligned<C, N>(operand.data) : is_aligned<Input, N>(operand.data);
+  if (operand.layout == Layout::Flat) {
+    factor.inner = Divider(std::max<int64_t>(problem.numel, 1));
+    factor.inner_stride = 1;
+    factor.access = aligned ? Access::Flat : Access::Walk;
+    return true;
+  }
+  if (!collapse(operand, problem, factor)) {
+    return false;
+  }
+  if (factor.inner.divisor() % N != 0) {
+    factor.access = Access::Walk;
+  } else if (factor.inner_stride == 0) {
+    factor.access = Access::Shared;
+  } else if (factor.inner_stride == 1 && factor.middle_stride % N == 0 && factor.outer_stride % N == 0 && aligned) {
+    factor.access = Access::Row;
+  } else {
+    factor.access = Access::Walk;
+  }
+  return true;
+}
+
+// Solves the problem with a vector kernel where one fits: returns the number of blocks, or -1.
+template <typename Policy, typename Input, typename Target, typename Launch>
+int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  using C = compute_t<Input>;
+  constexpr int N = kVectorSize<Input, Target>;
+  if (problem.compute_in_double != std::is_same_v<C, double> || problem.input.dtype != dtype_of<Input>() ||
+      problem.target.dtype != dtype_of<Target>() || problem.input.layout != Layout::Flat || problem.target.layout != Layout::Flat) {
+    return -1;
+  }
+  if ((problem.loss.data != nullptr && problem.loss.dtype != dtype_of<Input>() && problem.loss.dtype != dtype_of<C>()) ||
+      (problem.grad_input.data != nullptr && problem.grad_input.dtype != dtype_of<Input>()) ||
+      (problem.grad_target.data != nullptr && problem.grad_target.dtype != dtype_of<Target>())) {
+    return -1;
+  }
+  VectorArguments<C> arguments;
+  if (!make_factor<Input, N>(problem.weight, problem, arguments.weight) ||
+      !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight) ||
+      !make_factor<Input, N>(problem.grad_output, problem, arguments.grad_output)) {
+    return -1;
+  }
+  arguments.input = problem.input.data;
+  arguments.target = problem.target.data;
+  arguments.loss = problem.loss;
+  arguments.grad_input = problem.grad_input;
+  arguments.grad_target = problem.grad_target;
+  arguments.partials = partials;
+  arguments.scale = static_cast<C>(problem.scale);
+  arguments.numel = problem.numel;
+  arguments.aligned = is_aligned<Input, N>(problem.input.data) && is_aligned<Target, N>(problem.target.data) &&
+                      (problem.loss.dtype == dtype_of<C>() ? is_aligned<C, N>(problem.loss.data) : is_aligned<Input, N>(problem.loss.data)) &&
+                      is_aligned<Input, N>(problem.grad_input.data) && is_aligned<Target, N>(problem.grad_target.data);
+  const int64_t blocks = num_blocks(problem.numel, kTile<Input, Target>, max_blocks);
+  const bool weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
+                        problem.grad_output.layout != Layout::Absent;
+  if (weighted) {
+    launch(vector_kernel<Policy, Input, Target, true>, blocks, kThreads, arguments);
+  } else {
+    launch(vector_kernel<Policy, Input, Target, false>, blocks, kThreads, arguments);
+  }
+  return blocks;
+}
+
+template <typename Policy, typename Input, typename... Targets, typename Launch>
+int64_t try_targets(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  int64_t blocks = -1;
+  ((blocks = blocks >= 0 ? blocks : try_vector_kernel<Policy, Input, Targets>(problem, partials, max_blocks, launch)), ...);
+  return blocks;
+}
+
+// The pairs of element types that have a vector kernel.
+template <typename Policy, typename Launch>
+int64_t try_vector_kernels(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  switch (problem.input.dtype) {
+    case Dtype::Float:
+      return try_targets<Policy, float, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+    case Dtype::Half:
+      return try_targets<Policy, __half, __half, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+    case Dtype::BFloat16:
+      return try_targets<Policy, __nv_bfloat16, __nv_bfloat16, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+    case Dtype::Double:
+      return try_targets<Policy, double, double, Boolean>(problem, partials, max_blocks, launch);
+    default:
+      return -1;
+  }
+}
+
+template <typename Policy, typename Launch>
+int64_t launch_generic_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  GenericArguments arguments;
+  arguments.problem = problem;
+  arguments.partials = partials;
+  for (int d = 0; d < problem.ndim; ++d) {
+    arguments.sizes[d] = Divider(problem.sizes[d]);
+  }
+  const int64_t blocks = num_blocks(problem.numel, kGenericTile, max_blocks);
+  if (problem.compute_in_double) {
+    launch(generic_kernel<Policy, double>, blocks, kThreads, arguments);
+  } else {
+    launch(generic_kernel<Policy, float>, blocks, kThreads, arguments);
+  }
+  return blocks;
+}
+
+template <typename Policy, typename Launch>
+int64_t launch_pass(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  if (problem.numel == 0) {
+    return 0;
+  }
+  const int64_t blocks = try_vector_kernels<Policy>(problem, partials, max_blocks, launch);
+  return blocks >= 0 ? blocks : launch_generic_kernel<Policy>(problem, partials, max_blocks, launch);
+}
+
+// The partial sums that a problem can have at most: the smallest tile is that of vectors of two elements.
+inline int64_t max_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
+  return num_blocks(numel, kTile<double, double>, max_blocks);
+}
+
+// Solves a problem. When it asks for a sum, `total` receives it, divided by `divisor`, and `partials` has room for max_partials(numel) values.
+template <typename Launch>
+void solve(const Problem& problem, double* partials, double divisor, const Output& total, const Launch& launch,
+           int64_t max_blocks = kMaxBlocks) {
+  if (!problem.reduce) {
+    partials = nullptr;
+  }
+  const int64_t blocks = problem.formula == Formula::WithLogits ? launch_pass<WithLogits>(problem, partials, max_blocks, launch)
+                                                                : launch_pass<Probabilities>(problem, partials, max_blocks, launch);
+  if (problem.reduce) {
+    launch(final_sum_kernel, 1, kSumThreads, partials, blocks, divisor, total);
+  }
+}
+
+// grad *= grad_output, see scale_kernel.
+template <typename Launch>
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype, const Launch& launch,
+                int64_t max_blocks = kMaxBlocks) {
+  if (numel == 0) {
+    return;
+  }
+  const auto launch_typed = [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int64_t kTileSize = kThreads * kVectorBytes / sizeof(T);
+    launch(scale_kernel<T>, num_blocks(numel, kTileSize, max_blocks), kThreads, static_cast<T*>(grad.data), numel, grad_output, grad_output_dtype);
+  };
+  switch (grad.dtype) {
+    case Dtype::Half:
+      return launch_typed(__half{});
+    case Dtype::BFloat16:
+      return launch_typed(__nv_bfloat16{});
+    case Dtype::Double:
+      return launch_typed(double{});
+    default:
+      return launch_typed(float{});
+  }
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

@@ -1,0 +1,153 @@
+// The kernel for what is common: input and target dense and in walk order, in vectors. Two variants: kWeighted reads the weights in any of the
+// ways of factor.cuh, the other has none.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include "../bce_math.h"
+#include "block_reduce.cuh"
+#include "factor.cuh"
+
+namespace bce_ext {
+namespace cuda {
+
+constexpr int kThreads = 256;
+
+template <typename C>
+struct VectorArguments {
+  const void* input = nullptr;
+  const void* target = nullptr;
+  Factor weight, pos_weight, grad_output;
+  Output loss, grad_input, grad_target;
+  double* partials = nullptr;  // one sum of losses per block, where wanted
+  C scale = C(1);              // of the gradients
+  int64_t numel = 0;
+  bool aligned = false;  // input, target and the outputs can be accessed in vectors
+};
+
+// Elements per vector: the widest operand takes 16 bytes, and all accesses of a warp are to neighbours.
+template <typename Input, typename Target>
+constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(Input) > sizeof(Target) ? sizeof(Input) : sizeof(Target));
+
+// Elements that a block handles at a time.
+template <typename Input, typename Target>
+constexpr int kTile = kThreads * kVectorSize<Input, Target>;
+
+// What a thread does with its N elements of a tile.
+template <typename Policy, typename Input, typename Target, bool kWeighted>
+class TilePass {
+ public:
+  using C = compute_t<Input>;
+  static constexpr int N = kVectorSize<Input, Target>;
+
+  __device__ __forceinline__ explicit TilePass(const VectorArguments<C>& arguments)
+      : arguments_(arguments),
+        weight_(kWeighted ? constant_value<C>(arguments.weight) * constant_value<C>(arguments.grad_output) : C(1)),
+        pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
+
+  // Elements [index, index + N), all of them there and aligned. Returns the sum of their losses.
+  __device__ __forceinline__ C vector(int64_t index) const {
+    const auto inputs = load_vector<Input, N>(arguments_.input, index);
+    const auto targets = load_vector<Target, N>(arguments_.target, index);
+    C weights[N], pos_weights[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      weights[k] = weight_;
+      pos_weights[k] = pos_weight_;
+    }
+    if constexpr (kWeighted) {
+      multiply<Input>(arguments_.weight, index, weights);
+      multiply<Input>(arguments_.grad_output, index, weights);
+      multiply<Input>(arguments_.pos_weight, index, pos_weights);
+    }
+    C losses[N], grad_inputs[N], grad_targets[N];
+    C sum = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Terms<C> terms = evaluate(to_compute<C>(inputs.values[k]), to_compute<C>(targets.values[k]), weights[k], pos_weights[k]);
+      losses[k] = terms.loss;
+      grad_inputs[k] = arguments_.scale * terms.grad_input;
+      grad_targets[k] = arguments_.scale * terms.grad_target;
+      sum += terms.loss;
+    }
+    store(index, losses, grad_inputs, grad_targets);
+    return sum;
+  }
+
+  // The same one by one: what is not aligned, and the end.
+  __device__ __forceinline__ C elements(int64_t index) const {
+    C sum = 0;
+#pragma unroll 1
+    for (int64_t i = index; i < index + N && i < arguments_.numel; ++i) {
+      C w = weight_, p = pos_weight_;
+      if constexpr (kWeighted) {
+        w *= factor_at<Input, C>(arguments_.weight, i) * factor_at<Input, C>(arguments_.grad_output, i);
+        p *= factor_at<Input, C>(arguments_.pos_weight, i);
+      }
+      const Terms<C> terms = evaluate(to_compute<C>(static_cast<const Input*>(arguments_.input)[i]),
+                                      to_compute<C>(static_cast<const Target*>(arguments_.target)[i]), w, p);
+      const C loss[1] = {terms.loss};
+      const C grad_input[1] = {arguments_.scale * terms.grad_input};
+      const C grad_target[1] = {arguments_.scale * terms.grad_target};
+      store(i, loss, grad_input, grad_target);
+      sum += terms.loss;
+    }
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ static Terms<C> evaluate(C x, C y, C w, C p) {
+    if constexpr (std::is_same_v<Policy, Probabilities>) {
+      CUDA_KERNEL_ASSERT(x >= C(0) && x <= C(1));
+    }
+    if constexpr (kWeighted) {
+      return Policy::evaluate(x, y, w, p);
+    } else {
+      return Policy::evaluate(x, y, w, One{});
+    }
+  }
+
+  template <int M>
+  __device__ __forceinline__ void store(int64_t index, const C (&losses)[M], const C (&grad_inputs)[M], const C (&grad_targets)[M]) const {
+    if (arguments_.loss.data != nullptr) {
+      if (arguments_.loss.dtype == dtype_of<C>()) {
+        store_vector<C>(arguments_.loss.data, index, losses);
+      } else {
+        store_vector<Input>(arguments_.loss.data, index, losses);
+      }
+    }
+    if (arguments_.grad_input.data != nullptr) {
+      store_vector<Input>(arguments_.grad_input.data, index, grad_inputs);
+    }
+    if constexpr (!std::is_integral_v<Target> && !std::is_same_v<Target, Boolean>) {
+      if (arguments_.grad_target.data != nullptr) {
+        store_vector<Target>(arguments_.grad_target.data, index, grad_targets);
+      }
+    }
+  }
+
+  const VectorArguments<C>& arguments_;
+  const C weight_, pos_weight_;  // the constant parts
+};
+
+template <typename Policy, typename Input, typename Target, bool kWeighted>
+__global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<compute_t<Input>> arguments) {
+  using Pass = TilePass<Policy, Input, Target, kWeighted>;
+  constexpr int64_t kSize = kTile<Input, Target>;
+  const Pass pass(arguments);
+  double sum = 0;
+  for (int64_t tile = blockIdx.x; tile * kSize < arguments.numel; tile += gridDim.x) {
+    const int64_t index = tile * kSize + static_cast<int>(threadIdx.x) * Pass::N;
+    const bool whole = (tile + 1) * kSize <= arguments.numel;
+    sum += whole && arguments.aligned ? pass.vector(index) : pass.elements(index);
+  }
+  if (arguments.partials != nullptr) {
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) {
+      arguments.partials[blockIdx.x] = sum;
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace bce_ext

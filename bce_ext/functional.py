@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from bce_ext import _C
+
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 
@@ -62,23 +64,28 @@ def binary_cross_entropy_with_logits(
         >>> binary_cross_entropy_with_logits(output, target, pos_weight=pos_weight)  # -log(sigmoid(1.5))
         tensor(0.2014)
     """
-    if not torch.jit.is_scripting() and has_torch_function_variadic(input, target, weight, pos_weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-        )
     if size_average is not None or reduce is not None:
         reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _Reduction.get_enum(reduction)
-    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
+    if not torch.jit.is_scripting():
+        if has_torch_function_variadic(input, target, weight, pos_weight):
+            return handle_torch_function(  # type: ignore[no-any-return]
+                binary_cross_entropy_with_logits,
+                (input, target, weight, pos_weight),
+                input,
+                target,
+                weight=weight,
+                size_average=size_average,
+                reduce=reduce,
+                reduction=reduction,
+                pos_weight=pos_weight,
+            )
+        weight = _as_tensor(weight)
+        pos_weight = _as_tensor(pos_weight)
+        if not _needs_named_operator():
+            return _C.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
+    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)  # type: ignore[no-any-return]
 
 
 def binary_cross_entropy(
@@ -128,19 +135,33 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(input, torch.tensor([0, 1]))  # -log(0.75)
         tensor(0.2877)
     """
-    if not torch.jit.is_scripting() and has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            binary_cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-        )
     if size_average is not None or reduce is not None:
         reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _Reduction.get_enum(reduction)
-    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, reduction_enum)
+    if not torch.jit.is_scripting():
+        if has_torch_function_variadic(input, target, weight):
+            return handle_torch_function(  # type: ignore[no-any-return]
+                binary_cross_entropy,
+                (input, target, weight),
+                input,
+                target,
+                weight=weight,
+                size_average=size_average,
+                reduce=reduce,
+                reduction=reduction,
+            )
+        weight = _as_tensor(weight)
+        if not _needs_named_operator():
+            return _C.binary_cross_entropy(input, target, weight, reduction_enum)
+    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, reduction_enum)  # type: ignore[no-any-return]
+
+
+def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
+    """A number becomes a 0-d tensor, which broadcasts and goes with any device."""
+    return torch.scalar_tensor(weight, dtype=torch.float64) if isinstance(weight, (int, float)) else weight
+
+
+def _needs_named_operator() -> bool:
+    """Whether somebody records the call: these know the operators of ``torch.ops``, not the short way through ``_C``."""
+    return torch.compiler.is_dynamo_compiling() or _C.is_tracing()

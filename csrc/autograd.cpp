@@ -43,13 +43,15 @@ bool needs_graph(const Arguments& arguments) {
 // Whether the tensor is memory and nothing else: no subclass, no tracer, no transform that would want to see every operation on it.
 bool is_plain(const Tensor& tensor) {
   constexpr c10::DispatchKeySet wrapped(
-      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+       c10::DispatchKey::FuncTorchGradWrapper});
   return !tensor.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !transform_is_active();
 }
 
 // `grad` belongs to the caller alone.
 Tensor scaled(Tensor grad, const Tensor& grad_output) {
   if (is_plain(grad) && is_plain(grad_output)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
     scale_grad_(grad, grad_output);
     return grad;
   }
@@ -63,10 +65,18 @@ bool stores_gradient(const Arguments& arguments, int64_t reduction) {
          arguments.input.scalar_type() != at::kHalf;
 }
 
+// What the node keeps beside the inputs. Small losses are bound by the cost of the node: the options share one entry.
 constexpr auto kGradient = "gradient";
-constexpr auto kReduction = "reduction";
-constexpr auto kWithLogits = "with_logits";
-constexpr auto kDtype = "dtype";
+constexpr auto kOptions = "options";
+
+struct Options {
+  bool with_logits;
+  int64_t reduction;
+  at::ScalarType dtype;
+
+  int64_t pack() const { return (static_cast<int64_t>(dtype) << 3) | (reduction << 1) | static_cast<int64_t>(with_logits); }
+  static Options unpack(int64_t packed) { return {(packed & 1) != 0, (packed >> 1) & 3, static_cast<at::ScalarType>(packed >> 3)}; }
+};
 
 class BCEFunction : public torch::autograd::Function<BCEFunction> {
  public:
@@ -85,9 +95,7 @@ class BCEFunction : public torch::autograd::Function<BCEFunction> {
     } else {
       loss = loss_without_grad(arguments, reduction, dtype);
     }
-    ctx->saved_data[kReduction] = reduction;
-    ctx->saved_data[kWithLogits] = with_logits;
-    ctx->saved_data[kDtype] = static_cast<int64_t>(dtype);
+    ctx->saved_data[kOptions] = Options{with_logits, reduction, dtype}.pack();
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor())});
     return loss;
   }
@@ -106,13 +114,13 @@ class BCEFunction : public torch::autograd::Function<BCEFunction> {
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     const OptionalTensor pos_weight = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
-    const Arguments arguments{saved[0], saved[1], weight, pos_weight, saved_data[kWithLogits].toBool()};
-    const auto divisor = divisor_of(arguments.input, saved_data[kReduction].toInt());
+    const auto options = Options::unpack(saved_data[kOptions].toInt());
+    const Arguments arguments{saved[0], saved[1], weight, pos_weight, options.with_logits};
+    const auto divisor = divisor_of(arguments.input, options.reduction);
     if (stored != saved_data.end() && !at::GradMode::is_enabled()) {
       // By the same steps as the first time, so that it has the same bits.
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      const auto dtype = static_cast<at::ScalarType>(saved_data[kDtype].toInt());
-      return gradients(scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, dtype)), grad_output), Tensor());
+      return gradients(scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, options.dtype)), grad_output), Tensor());
     }
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = bce_backward(grad_output, arguments, divisor, wanted);

@@ -133,31 +133,31 @@ BCE_EXT_HOST_DEVICE T polynomial(T x, Coefficients... coefficients) {
   return horner_of_pairs(x, x * x, coefficients...);
 }
 
-// unit * exp(r) for |r| <= ln(2)/2, `unit` a power of two: relative error 2^-28 (float), 2^-56 (double).
-BCE_EXT_HOST_DEVICE float exp_reduced(float r, float u) {
-  return polynomial(r, u, u, u * 0.49999994f, u * 0.166665211f, u * 0.0416681655f, u * 0.00836866535f, u * 0.00138294569f);
+// unit * expm1(r) / r for |r| <= ln(2)/2: relative error of exp(r) 2^-28 (float), 2^-56 (double).
+BCE_EXT_HOST_DEVICE float expm1_quotient(float r, float unit) {
+  return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f, unit * 0.00138294569f);
 }
 
-BCE_EXT_HOST_DEVICE double exp_reduced(double r, double u) {
-  return polynomial(r, u, u, u * 0.5000000000000011, u * 0.1666666666666641, u * 0.041666666666529725, u * 0.00833333333349498, u * 0.0013888888943760233, u * 0.00019841269505770564, u * 2.480149294936181e-05, u * 2.7557586805904078e-06, u * 2.763030634462171e-07, u * 2.500001837640453e-08);
+BCE_EXT_HOST_DEVICE double expm1_quotient(double r, double unit) {
+  return polynomial(r, unit, unit * 0.5000000000000011, unit * 0.1666666666666641, unit * 0.041666666666529725, unit * 0.00833333333349498, unit * 0.0013888888943760233, unit * 0.00019841269505770564, unit * 2.480149294936181e-05, unit * 2.7557586805904078e-06, unit * 2.763030634462171e-07, unit * 2.500001837640453e-08);
 }
 
-// log1p(e) / e for e in [0, 1]: relative error 2^-27 (float), 2^-55 (double).
-BCE_EXT_HOST_DEVICE float log1p_quotient(float e) {
-  return polynomial(e, 1.0f, -0.499999315f, 0.333304644f, -0.24958019f, 0.196921021f, -0.153448805f, 0.106611282f, -0.057457231f, 0.0200862419f, -0.00329046859f);
+// (log1p(e) - e) / e^2 for e in [0, 1]: relative error of log1p(e) 2^-27 (float), 2^-55 (double).
+BCE_EXT_HOST_DEVICE float log1p_rest(float e) {
+  return polynomial(e, -0.499999315f, 0.333304644f, -0.24958019f, 0.196921021f, -0.153448805f, 0.106611282f, -0.057457231f, 0.0200862419f, -0.00329046859f);
 }
 
-BCE_EXT_HOST_DEVICE double log1p_quotient(double e) {
-  return polynomial(e, 1.0, -0.4999999999999946, 0.33333333333235043, -0.24999999993676444, 0.1999999979131836, -0.16666662498409648, 0.1428565889596427, -0.12499479601292564, 0.11107505922994218, -0.09981014591829193, 0.09013152574692633, -0.08081208985701993, 0.07035538011545206, -0.057501968405873474, 0.04230007670450599, -0.026743936391728538, 0.013838573305882281, -0.005543100774996444, 0.0015957382684543746, -0.00029176061554624387, 2.5329880843114147e-05);
+BCE_EXT_HOST_DEVICE double log1p_rest(double e) {
+  return polynomial(e, -0.4999999999999946, 0.33333333333235043, -0.24999999993676444, 0.1999999979131836, -0.16666662498409648, 0.1428565889596427, -0.12499479601292564, 0.11107505922994218, -0.09981014591829193, 0.09013152574692633, -0.08081208985701993, 0.07035538011545206, -0.057501968405873474, 0.04230007670450599, -0.026743936391728538, 0.013838573305882281, -0.005543100774996444, 0.0015957382684543746, -0.00029176061554624387, 2.5329880843114147e-05);
 }
 
-// log1p(f) / f for 1 + f in [sqrt(1/2), sqrt(2)]: relative error 2^-26 (float), 2^-56 (double).
-BCE_EXT_HOST_DEVICE float centred_log1p_quotient(float f) {
-  return polynomial(f, 1.0f, -0.5f, 0.333333313f, -0.250008196f, 0.20001258f, -0.166234419f, 0.142010748f, -0.131585345f, 0.127657726f, -0.0764338672f);
+// (log1p(f) - f) / f^2 for 1 + f in [sqrt(1/2), sqrt(2)]: relative error of log1p(f) 2^-26 (float), 2^-56 (double).
+BCE_EXT_HOST_DEVICE float centred_log1p_rest(float f) {
+  return polynomial(f, -0.5f, 0.333333313f, -0.250008196f, 0.20001258f, -0.166234419f, 0.142010748f, -0.131585345f, 0.127657726f, -0.0764338672f);
 }
 
-BCE_EXT_HOST_DEVICE double centred_log1p_quotient(double f) {
-  return polynomial(f, 1.0, -0.5, 0.3333333333333314, -0.24999999999987976, 0.20000000000066606, -0.16666666669825844, 0.14285714280093778, -0.12499999691446902, 0.11111111147432927, -0.10000015206070528, 0.09090923932809215, -0.08332913545452823, 0.07691529803826647, -0.07149439441502926, 0.06684589257883691, -0.061966790588658054, 0.05668377027761832, -0.056777807194395076, 0.0650349110863701, -0.059817120572803945, 0.02615101329728167);
+BCE_EXT_HOST_DEVICE double centred_log1p_rest(double f) {
+  return polynomial(f, -0.5, 0.3333333333333314, -0.24999999999987976, 0.20000000000066606, -0.16666666669825844, 0.14285714280093778, -0.12499999691446902, 0.11111111147432927, -0.10000015206070528, 0.09090923932809215, -0.08332913545452823, 0.07691529803826647, -0.07149439441502926, 0.06684589257883691, -0.061966790588658054, 0.05668377027761832, -0.056777807194395076, 0.0650349110863701, -0.059817120572803945, 0.02615101329728167);
 }
 
 // exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN.
@@ -174,13 +174,14 @@ BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   const T n = rounded - kRound;
   const T r = (-bounded - n * Format::kLn2High) - n * Format::kLn2Low;
   const T lifted_power = from_bits<T>(to_bits(rounded) << Format::kMantissaBits);
-  return exp_reduced(r, power_of_two<T>(-kLift)) * lifted_power;
+  constexpr T kUnit = power_of_two<T>(-kLift);
+  return (expm1_quotient(r, kUnit) * r + kUnit) * lifted_power;
 }
 
 // log1p(e) for e in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_unit(T e) {
-  return e * log1p_quotient(e);
+  return (e * e) * log1p_rest(e) + e;
 }
 
 // The logarithm of u = 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
@@ -203,7 +204,7 @@ BCE_EXT_HOST_DEVICE Split<T> split(T u) {
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
   using Format = FloatFormat<T>;
-  return n * Format::kLn2High + (f * centred_log1p_quotient(f) + n * Format::kLn2Low);
+  return n * Format::kLn2High + (((f * f) * centred_log1p_rest(f) + n * Format::kLn2Low) + f);
 }
 
 // log(q) for q in [0, 1].
@@ -226,18 +227,24 @@ BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
   return select(q == T(1), -FloatFormat<T>::kInfinity, log_of_split(parts.n, f));
 }
 
-// 1 / d for d in [1, 2].
+// numerator / d for d in [1, 2].
 template <typename T>
-BCE_EXT_HOST_DEVICE T reciprocal(T d) {
+BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, float>) {
-    return __fdividef(1.0f, d);  // at most 2 ULP, a tenth of the instructions of the correctly rounded division
+    return __fdividef(numerator, d);  // at most 2 ULP, a tenth of the instructions of the correctly rounded division
   }
 #endif
-  return T(1) / d;
+  return numerator / d;
 }
 
 }  // namespace math
+
+// A formula offers
+//   evaluate(x, y, w, p)                           the loss and its gradients
+//   evaluate(x, y, w, p, scale, first_stage(x))    the same with the gradients multiplied by `scale`, in two stages, because on a CPU
+//                                                  a loop over each is faster than one loop over both: it overlaps more elements
+// where p may be One.
 
 // Binary cross entropy of a logit x against a target y, with weight w and pos_weight p:
 //   loss       = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
@@ -246,17 +253,20 @@ BCE_EXT_HOST_DEVICE T reciprocal(T d) {
 // written with the larger of the two sigmoids, so that for a hard label nothing cancels:
 //   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e), sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), e = exp(-|x|).
 struct WithLogits {
+  template <typename T>
+  static BCE_EXT_HOST_DEVICE T first_stage(T x) {
+    return math::exp_of_negative(math::magnitude(x));
+  }
+
   template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p) {
+  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p, T scale, T e) {
     constexpr bool kHasPosWeight = !std::is_same_v<PosWeight, One>;
     const T a = math::magnitude(x);
-    const T e = math::exp_of_negative(a);
     const T log_term = math::log1p_of_unit(e);
-    const T larger_sigmoid = math::reciprocal(T(1) + e);
 
     const bool below = x < T(0);
     const T negative = w * (T(1) - y);
-    T positive, total;  // the weights of the two classes, and their sum
+    T positive, total;  // positive and negative: the weights of the two classes; total: their sum
     if constexpr (kHasPosWeight) {
       positive = w * p * y;
       total = negative + positive;
@@ -266,18 +276,23 @@ struct WithLogits {
     }
     const T against = math::select(below, positive, negative);  // the class that the logit speaks against
     const T along = math::select(below, negative, positive);
-    const T slope = larger_sigmoid * (against - along * e);
+    const T linear = math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
+    const T slope = math::divide(math::select(below, -scale, scale), T(1) + e);
 
     Terms<T> terms;
-    const T linear = math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
     terms.loss = linear + log_term * total;
-    terms.grad_input = math::select(below, -slope, slope);
+    terms.grad_input = slope * (against - along * e);
     if constexpr (kHasPosWeight) {
-      terms.grad_target = math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term;
+      terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);
     } else {
-      terms.grad_target = -math::weighted(w, x);
+      terms.grad_target = scale * -math::weighted(w, x);
     }
     return terms;
+  }
+
+  template <typename T, typename PosWeight>
+  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p) {
+    return evaluate(x, y, w, p, T(1), first_stage(x));
   }
 };
 
@@ -287,9 +302,13 @@ struct WithLogits {
 //   dloss/dq   = w * (q - y) / max(q * (1-q), 1e-12)
 //   dloss/dy   = w * [log(1-q) - log(q)]
 struct Probabilities {
+  template <typename T>
+  static BCE_EXT_HOST_DEVICE T first_stage(T q) {
+    return math::log_of_unit(q);
+  }
+
   template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, T w, PosWeight) {
-    const T log_q = math::log_of_unit(q);
+  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, T w, PosWeight, T scale, T log_q) {
     const T log_rest = math::log1p_of_negative(q);
     const T bounded_log_q = math::select(log_q < T(-100), T(-100), log_q);
     const T bounded_log_rest = math::select(log_rest < T(-100), T(-100), log_rest);
@@ -297,9 +316,14 @@ struct Probabilities {
 
     Terms<T> terms;
     terms.loss = -w * (y * bounded_log_q + (T(1) - y) * bounded_log_rest);
-    terms.grad_input = w * (q - y) / math::select(variance < T(1e-12), T(1e-12), variance);
-    terms.grad_target = math::weighted(w, log_rest - log_q);
+    terms.grad_input = scale * (w * (q - y) / math::select(variance < T(1e-12), T(1e-12), variance));
+    terms.grad_target = scale * math::weighted(w, log_rest - log_q);
     return terms;
+  }
+
+  template <typename T, typename PosWeight>
+  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, T w, PosWeight p) {
+    return evaluate(q, y, w, p, T(1), first_stage(q));
   }
 };
 

@@ -1,6 +1,11 @@
-// The Python module bce_ext._C: what this binary was built with. The operators need no Python and stand in libbce_ext.so.
+// The Python module bce_ext._C: what this binary was built with, and a short way from Python to the operators. The
+// operators themselves need no Python and stand in libbce_ext.so.
 #include <ATen/Version.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/version.h>
 
 #include <string>
@@ -16,7 +21,6 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 #else
 constexpr const char* kCompiler = "unknown";
 #endif
-
 
 py::dict build_info() {
   py::dict info;
@@ -43,9 +47,71 @@ py::dict build_info() {
   return info;
 }
 
+// ---- calls ----
+// torch.ops looks an operator up by name and matches its schema at every call. For a small loss that takes longer than the loss, so the functions of
+// bce_ext.functional come here.
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Native raises AttributeError or TypeError for something that is no tensor, as it happens to fail. This is both.
+PyObject* argument_type_error() {
+  static PyObject* const type = [] {
+    const py::tuple bases = py::make_tuple(py::reinterpret_borrow<py::object>(PyExc_TypeError), py::reinterpret_borrow<py::object>(PyExc_AttributeError));
+    return PyErr_NewException("bce_ext.ArgumentTypeError", bases.ptr(), nullptr);
+  }();
+  return type;
+}
+
+const at::Tensor& as_tensor(py::handle value, const char* function, const char* argument) {
+  if (!THPVariable_Check(value.ptr())) {
+    PyErr_Format(argument_type_error(), "%s: expected %s to be a Tensor, but got %s", function, argument, Py_TYPE(value.ptr())->tp_name);
+    throw py::error_already_set();
+  }
+  return THPVariable_Unpack(value.ptr());
+}
+
+OptionalTensor as_optional(py::handle value, const char* function, const char* argument) {
+  return value.is_none() ? OptionalTensor() : as_tensor(value, function, argument);
+}
+
+py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
+
+py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight, py::handle pos_weight, int64_t reduction) {
+  constexpr auto kName = "binary_cross_entropy_with_logits";
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>();
+  const at::Tensor& x = as_tensor(input, kName, "input");
+  const at::Tensor& y = as_tensor(target, kName, "target");
+  const OptionalTensor w = as_optional(weight, kName, "weight");
+  const OptionalTensor p = as_optional(pos_weight, kName, "pos_weight");
+  py::gil_scoped_release no_gil;
+  at::Tensor loss = op.call(x, y, w, p, reduction);
+  py::gil_scoped_acquire gil;
+  return wrap(std::move(loss));
+}
+
+py::object binary_cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction) {
+  constexpr auto kName = "binary_cross_entropy";
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bce_ext::binary_cross_entropy", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t)>();
+  const at::Tensor& q = as_tensor(input, kName, "input");
+  const at::Tensor& y = as_tensor(target, kName, "target");
+  const OptionalTensor w = as_optional(weight, kName, "weight");
+  py::gil_scoped_release no_gil;
+  at::Tensor loss = op.call(q, y, w, reduction);
+  py::gil_scoped_acquire gil;
+  return wrap(std::move(loss));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "What the binary of bce_ext was built with.";
+  module.doc() = "What the binary of bce_ext was built with, and a short way to its operators.";
+  module.def("binary_cross_entropy_with_logits", torch::wrap_pybind_function(binary_cross_entropy_with_logits));
+  module.def("binary_cross_entropy", torch::wrap_pybind_function(binary_cross_entropy));
+  module.def("is_tracing", &torch::jit::tracer::isTracing);
   module.def("build_info", &build_info, "Facts of the loaded binary: torch, compiler, instruction set, CUDA.");
 }

@@ -1,4 +1,5 @@
 // The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in block_kernel.
+#include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -65,7 +66,11 @@ double run(const Problem& problem) {
 }
 
 Tensor scalar_loss(double sum, int64_t divisor, const Tensor& input, at::ScalarType dtype) {
-  return at::full({}, sum / static_cast<double>(divisor), input.options().dtype(dtype));
+  Tensor loss = at::empty({}, input.options().dtype(dtype));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "scalar_loss", [&] {
+    *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(sum / static_cast<double>(divisor));
+  });
+  return loss;
 }
 
 Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
@@ -102,7 +107,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor&
 }
 
 void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
-  if (grad_output.item().toDouble() != 1.0) grad.mul_(grad_output);
+  const bool is_one = AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
+                                                      [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
+  if (!is_one) grad.mul_(grad_output);
 }
 
 }  // namespace

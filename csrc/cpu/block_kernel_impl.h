@@ -22,10 +22,11 @@ namespace bce_ext {
 namespace BCE_EXT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 512;
+template <typename T>
+constexpr int64_t kBlock = 4096 / sizeof(T);
 // Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of partial sums.
 constexpr int64_t kLanes = 16;
-static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
+static_assert(kBlock<double> % (4 * kLanes) == 0 && kChunk % kBlock<float> == 0);  // else sums would depend on the size of blocks
 
 BCE_EXT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BCE_EXT_HOST_DEVICE int64_t round_to_lanes(int64_t n) { return (n + kLanes - 1) & ~(kLanes - 1); }
@@ -50,7 +51,7 @@ BCE_EXT_TARGET void convert_wide(const S* __restrict in, int64_t n, T* __restric
 }
 
 template <typename T>
-BCE_EXT_TARGET void fill(T value, int64_t n, T* out) {
+BCE_EXT_TARGET __attribute__((noinline)) void fill(T value, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = value;
 }
 
@@ -69,32 +70,53 @@ BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
   }
 }
 
+// Reads whole rows that are too short to be worth a run each: column by column.
+template <typename T, typename S>
+BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t row, T* __restrict out) {
+  for (int64_t column = 0; column < row; ++column) {
+    for (int64_t r = 0; r < rows; ++r) out[r * row + column] = load_as<T>(in[r * row_stride + column * stride]);
+  }
+}
+
 // Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.
 template <typename T, typename S>
 BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  constexpr int64_t kShortRow = 16;
   const int last = problem.ndim - 1;
   const S* in = static_cast<const S*>(operand.data);
   int64_t coordinates[kMaxDims];
+  int64_t offset = 0;
   for (int d = last; d >= 0; --d) {
     coordinates[d] = begin % problem.sizes[d];
     begin /= problem.sizes[d];
-    in += coordinates[d] * operand.strides[d];
+    offset += coordinates[d] * operand.strides[d];
   }
   const int64_t row = problem.sizes[last];
   const int64_t stride = operand.strides[last];
   for (;;) {
-    const int64_t run = smaller(n, row - coordinates[last]);
-    read_run(in, stride, run, out);
-    n -= run;
+    int d = last;  // the dimension along which to step on
+    int64_t steps;
+    if (last > 0 && row < kShortRow && coordinates[last] == 0 && n >= row) {
+      d = last - 1;
+      steps = smaller(n / row, problem.sizes[d] - coordinates[d]);
+      read_short_rows(in + offset, operand.strides[d], stride, steps, row, out);
+      n -= steps * row;
+      out += steps * row;
+    } else {
+      steps = smaller(n, row - coordinates[last]);
+      read_run(in + offset, stride, steps, out);
+      n -= steps;
+      out += steps;
+    }
     if (n == 0) return;
-    out += run;
-    in -= coordinates[last] * stride;
-    coordinates[last] = 0;
-    for (int d = last - 1; d >= 0; --d) {
-      in += operand.strides[d];
-      if (++coordinates[d] < problem.sizes[d]) break;
-      in -= problem.sizes[d] * operand.strides[d];
+    coordinates[d] += steps;
+    offset += steps * operand.strides[d];
+    while (coordinates[d] == problem.sizes[d]) {
+      offset -= coordinates[d] * operand.strides[d];
       coordinates[d] = 0;
+      --d;
+      ++coordinates[d];
+      offset += operand.strides[d];
     }
   }
 }
@@ -168,7 +190,7 @@ class OperandReader {
         numel_(numel),
         period_(period(problem, operand)),
         in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
-        tiled_(operand.layout != Layout::Flat && period_ <= kBlock) {}
+        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {}
 
   // The n elements from `begin` on, at most kBlock, followed by anything readable up to a multiple of kLanes.
   BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
@@ -185,7 +207,7 @@ class OperandReader {
  private:
   BCE_EXT_TARGET void read_tile() {
     read(problem_, operand_, 0, period_, buffer_);
-    const int64_t length = period_ + smaller(kBlock, round_to_lanes(numel_));
+    const int64_t length = period_ + smaller(kBlock<T>, round_to_lanes(numel_));
     for (int64_t filled = period_; filled < length;) {
       const int64_t copied = smaller(filled, length - filled);
       memcpy(buffer_ + filled, buffer_, copied * sizeof(T));
@@ -201,7 +223,7 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
-  T buffer_[2 * kBlock];
+  T buffer_[2 * kBlock<T>];
 };
 
 // ---- compute ----
@@ -215,18 +237,20 @@ template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasP
 BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w, const T* __restrict p, T scale,
                             T* __restrict loss, T* __restrict grad_input, T* __restrict grad_target) {
   n &= ~(kLanes - 1);
+  T first[kBlock<T>];
+  for (int64_t i = 0; i < n; ++i) first[i] = Formula::first_stage(x[i]);
   for (int64_t i = 0; i < n; ++i) {
     T weight = T(1);
     if constexpr (kHasWeight) weight = w[i];
     Terms<T> terms;
     if constexpr (kHasPosWeight) {
-      terms = Formula::evaluate(x[i], y[i], weight, p[i]);
+      terms = Formula::evaluate(x[i], y[i], weight, p[i], scale, first[i]);
     } else {
-      terms = Formula::evaluate(x[i], y[i], weight, One{});
+      terms = Formula::evaluate(x[i], y[i], weight, One{}, scale, first[i]);
     }
     if constexpr ((kWanted & kLoss) != 0) loss[i] = terms.loss;
-    if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = scale * terms.grad_input;
-    if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = scale * terms.grad_target;
+    if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = terms.grad_input;
+    if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = terms.grad_target;
   }
 }
 
@@ -306,17 +330,31 @@ class OutputWriter {
 
  private:
   const Output& output_;
-  T buffer_[kBlock];
+  T buffer_[kBlock<T>];
 };
 
 // ---- sum ----
 
-// Adds element i to lane i % kLanes: the order does not depend on the instruction set.
+// Adds element i to lane i % kLanes, in an order that depends on n alone. Four at a time are added in T first, which costs at most two roundings
+// of T and halves the time; should that overflow, the block is added again in float64.
 template <typename T>
 BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes) {
   double sums[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
-  for (int64_t i = 0; i < n; i += kLanes) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T* at = in + i + lane;
+      sums[lane] += static_cast<double>((at[0] + at[kLanes]) + (at[2 * kLanes] + at[3 * kLanes]));
+    }
+  }
+  double total = 0.0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  if (total - total != 0.0) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    i = 0;
+  }
+  for (; i < n; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(in[i + lane]);
   }
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
@@ -343,10 +381,10 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
 
   ChunkResult result;
   double lanes[kLanes] = {};
-  T product[kBlock];
+  T product[kBlock<T>];
   int64_t n;
   for (int64_t at = begin; at < end; at += n) {
-    n = smaller(kBlock, end - at);
+    n = smaller(kBlock<T>, end - at);
     if (n > kLanes) n &= ~(kLanes - 1);  // what remains makes one last, small block
     const int64_t padded = round_to_lanes(n);
 

@@ -24,8 +24,8 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// The sum over the threads of a block, valid in thread 0. All threads must call it, once per kernel (the shared memory is not
-// handed back with a barrier), and the block must be whole warps in one dimension.
+// The sum over the threads of a block, valid in thread 0. All threads must call it, once per kernel (the shared memory
+// is not handed back with a barrier), and the block must be whole warps in one dimension.
 __device__ __forceinline__ double block_sum(double value) {
   __shared__ double warp_sums[kMaxWarps];
   const int lane = threadIdx.x % C10_WARP_SIZE;

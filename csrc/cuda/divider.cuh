@@ -6,8 +6,9 @@
 namespace bce_ext {
 namespace cuda {
 
-// Quotients of n in [0, 2^63) by a divisor d in [1, 2^63), by one multiplication: a 64-bit division is some hundred instructions.
-// With 2^s >= d and m = ceil(2^(63+s) / d), floor(n * m / 2^(63+s)) is exact for these n (Granlund and Montgomery, 1994).
+// Quotients of n in [0, 2^63) by a divisor d in [1, 2^63), by one multiplication: a 64-bit division is some hundred
+// instructions. With 2^s >= d and m = ceil(2^(63+s) / d), floor(n * m / 2^(63+s)) is exact for these n (Granlund and
+// Montgomery, 1994).
 class Divider {
  public:
   Divider() : Divider(1) {}

@@ -36,7 +36,8 @@ __device__ __forceinline__ Position find_position(const Factor& factor, int64_t 
   Position position;
   position.inner = index - row * factor.inner.divisor();
   position.middle = row - plane * factor.middle.divisor();
-  position.offset = position.inner * factor.inner_stride + position.middle * factor.middle_stride + plane * factor.outer_stride;
+  position.offset =
+      position.inner * factor.inner_stride + position.middle * factor.middle_stride + plane * factor.outer_stride;
   return position;
 }
 
@@ -90,7 +91,8 @@ __device__ __forceinline__ void multiply_typed(const Factor& factor, int64_t ind
   }
 }
 
-// Multiplies `values` by those of elements [index, index + N). A factor is of the type of the input or of the type computed in.
+// Multiplies `values` by those of elements [index, index + N). A factor is of the type of the input or of the type
+// computed in.
 template <typename Input, typename C, int N>
 __device__ __forceinline__ void multiply(const Factor& factor, int64_t index, C (&values)[N]) {
   if (factor.access == Access::Constant) {

@@ -16,7 +16,8 @@ struct GenericArguments {
 };
 
 // The offset of element `index` of the walk in a Strided operand.
-__device__ __forceinline__ int64_t strided_offset(const Operand& operand, const GenericArguments& arguments, int64_t index) {
+__device__ __forceinline__ int64_t strided_offset(const Operand& operand, const GenericArguments& arguments,
+                                                  int64_t index) {
   int64_t offset = 0;
   for (int d = arguments.problem.ndim - 1; d >= 0; --d) {
     const int64_t outer = arguments.sizes[d].divide(index);
@@ -40,44 +41,44 @@ __device__ __forceinline__ C read(const Operand& operand, const GenericArguments
 }
 
 template <typename Policy, typename C>
-__device__ __forceinline__ C generic_element(const GenericArguments& arguments, int64_t index) {
+__device__ __forceinline__ C generic_element(const GenericArguments& arguments, int64_t index, bool& in_range) {
   const Problem& problem = arguments.problem;
   const C x = read<C>(problem.input, arguments, index);
   const C y = read<C>(problem.target, arguments, index);
   const C w = read<C>(problem.weight, arguments, index) * read<C>(problem.grad_output, arguments, index);
   const C p = read<C>(problem.pos_weight, arguments, index);
-  if constexpr (std::is_same_v<Policy, Probabilities>) {
-    CUDA_KERNEL_ASSERT(x >= C(0) && x <= C(1));
-  }
-  const Terms<C> terms = Policy::evaluate(x, y, w, p);
-  const C scale = static_cast<C>(problem.scale);
+  in_range &= is_in_range<Policy>(x);
+  const Terms<C> terms = Policy::evaluate(x, y, w, p, static_cast<C>(problem.scale), Policy::first_stage(x));
   if (problem.loss.data != nullptr) {
     store_element(problem.loss, index, terms.loss);
   }
   if (problem.grad_input.data != nullptr) {
-    store_element(problem.grad_input, index, scale * terms.grad_input);
+    store_element(problem.grad_input, index, terms.grad_input);
   }
   if (problem.grad_target.data != nullptr) {
-    store_element(problem.grad_target, index, scale * terms.grad_target);
+    store_element(problem.grad_target, index, terms.grad_target);
   }
   return terms.loss;
 }
 
+// Three blocks per SM leave every thread the 80 registers that keep this out of local memory.
 template <typename Policy, typename C>
-__global__ void __launch_bounds__(kThreads) generic_kernel(const GenericArguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArguments arguments) {
   const int64_t numel = arguments.problem.numel;
   double sum = 0;
+  bool in_range = true;
   for (int64_t tile = blockIdx.x; tile * kGenericTile < numel; tile += gridDim.x) {
     C tile_sum = 0;
 #pragma unroll 1
     for (int u = 0; u < kGenericUnroll; ++u) {
       const int64_t index = tile * kGenericTile + u * kThreads + threadIdx.x;
       if (index < numel) {
-        tile_sum += generic_element<Policy, C>(arguments, index);
+        tile_sum += generic_element<Policy, C>(arguments, index, in_range);
       }
     }
     sum += tile_sum;
   }
+  CUDA_KERNEL_ASSERT(in_range);
   if (arguments.partials != nullptr) {
     sum = block_sum(sum);
     if (threadIdx.x == 0) {

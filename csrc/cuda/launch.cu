@@ -1,7 +1,6 @@
-#include "launch.h"
-
 #include <c10/cuda/CUDAException.h>
 
+#include "launch.h"
 #include "solve.cuh"
 
 namespace bce_ext {
@@ -26,7 +25,8 @@ void solve(const Problem& problem, double* partials, double divisor, const Outpu
   solve(problem, partials, divisor, total, StreamLauncher{stream});
 }
 
-void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype, cudaStream_t stream) {
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
+                cudaStream_t stream) {
   scale_grad(grad, numel, grad_output, grad_output_dtype, StreamLauncher{stream});
 }
 

@@ -14,8 +14,10 @@ int64_t partials_size(int64_t numel);
 // Solves a problem whose pointers are to memory of the current device. When it asks for a sum, total = sum / divisor.
 void solve(const Problem& problem, double* partials, double divisor, const Output& total, cudaStream_t stream);
 
-// grad *= *grad_output, where grad_output is one value on the device. Returns without touching grad when that value is 1.
-void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype, cudaStream_t stream);
+// grad *= *grad_output, where grad_output is one value on the device. Returns without touching grad when that value
+// is 1.
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
+                cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace bce_ext

@@ -10,7 +10,8 @@ namespace cuda {
 constexpr int kSumThreads = 512;
 
 // result = (sum of partials) / divisor, in an order that depends on their number alone. One block.
-static __global__ void __launch_bounds__(kSumThreads) final_sum_kernel(const double* partials, int64_t num_partials, double divisor, Output result) {
+static __global__ void __launch_bounds__(kSumThreads)
+    final_sum_kernel(const double* partials, int64_t num_partials, double divisor, Output result) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < num_partials; i += kSumThreads) {
     sum += partials[i];
@@ -21,9 +22,11 @@ static __global__ void __launch_bounds__(kSumThreads) final_sum_kernel(const dou
   }
 }
 
-// grad *= grad_output, where grad_output is one value on the device. When it is 1, which is the rule, nothing is read or written.
+// grad *= grad_output, where grad_output is one value on the device. When it is 1, which is the rule, nothing is read
+// or written.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(T* grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(T* grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype) {
   using C = compute_t<T>;
   constexpr int N = kVectorBytes / sizeof(T);
   const C factor = load_element<C>(grad_output, grad_output_dtype, 0);

@@ -1,4 +1,5 @@
-// From a Problem to the kernel that solves it. What launches a kernel is a parameter, so that the choice made here can be run without a GPU.
+// From a Problem to the kernel that solves it. What launches a kernel is a parameter, so that the choice made here can
+// be run without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 namespace bce_ext {
 namespace cuda {
 
-// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. Enough for many rounds of blocks on any
-// GPU, which evens out when they end; few enough for the second stage of the sum to be short.
+// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. Enough for many
+// rounds of blocks on any GPU, which evens out when they end; few enough for the second stage of the sum to be short.
 constexpr int64_t kMaxBlocks = 8192;
 
 // A launcher is called as launch(kernel, blocks, threads, arguments...).
@@ -62,7 +63,8 @@ bool make_factor(const Operand& operand, const Problem& problem, Factor& factor)
   if (operand.dtype != dtype_of<Input>() && operand.dtype != dtype_of<C>()) {
     return false;
   }
-  const bool aligned = operand.dtype == dtype_of<C>() ? is_aligned<C, N>(operand.data) : is_aligned<Input, N>(operand.data);
+  const bool aligned =
+      operand.dtype == dtype_of<C>() ? is_aligned<C, N>(operand.data) : is_aligned<Input, N>(operand.data);
   if (operand.layout == Layout::Flat) {
     factor.inner = Divider(std::max<int64_t>(problem.numel, 1));
     factor.inner_stride = 1;
@@ -84,20 +86,26 @@ bool make_factor(const Operand& operand, const Problem& problem, Factor& factor)
   return true;
 }
 
-// Solves the problem with a vector kernel where one fits: returns the number of blocks, or -1.
-template <typename Policy, typename Input, typename Target, typename Launch>
+// Whether the vector kernel for these types can read the input and the target and write the outputs.
+template <typename Input, typename Target>
+bool fits(const Problem& problem) {
+  using C = compute_t<Input>;
+  const auto reads = [](const Operand& operand, Dtype dtype) {
+    return operand.layout == Layout::Flat && operand.dtype == dtype;
+  };
+  const auto writes = [](const Output& output, Dtype dtype) { return output.data == nullptr || output.dtype == dtype; };
+  return problem.compute_in_double == std::is_same_v<C, double> && reads(problem.input, dtype_of<Input>()) &&
+         reads(problem.target, dtype_of<Target>()) &&
+         (writes(problem.loss, dtype_of<Input>()) || writes(problem.loss, dtype_of<C>())) &&
+         writes(problem.grad_input, dtype_of<Input>()) && writes(problem.grad_target, dtype_of<Target>());
+}
+
+// Solves the problem with a vector kernel where the layouts of the weights allow it: returns the number of blocks, or
+// -1.
+template <typename Policy, typename Input, typename Target, bool kWeighted, typename Launch>
 int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   using C = compute_t<Input>;
-  constexpr int N = kVectorSize<Input, Target>;
-  if (problem.compute_in_double != std::is_same_v<C, double> || problem.input.dtype != dtype_of<Input>() ||
-      problem.target.dtype != dtype_of<Target>() || problem.input.layout != Layout::Flat || problem.target.layout != Layout::Flat) {
-    return -1;
-  }
-  if ((problem.loss.data != nullptr && problem.loss.dtype != dtype_of<Input>() && problem.loss.dtype != dtype_of<C>()) ||
-      (problem.grad_input.data != nullptr && problem.grad_input.dtype != dtype_of<Input>()) ||
-      (problem.grad_target.data != nullptr && problem.grad_target.dtype != dtype_of<Target>())) {
-    return -1;
-  }
+  constexpr int N = kVectorSize<Input, Target, kWeighted>;
   VectorArguments<C> arguments;
   if (!make_factor<Input, N>(problem.weight, problem, arguments.weight) ||
       !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight) ||
@@ -113,23 +121,29 @@ int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_
   arguments.scale = static_cast<C>(problem.scale);
   arguments.numel = problem.numel;
   arguments.aligned = is_aligned<Input, N>(problem.input.data) && is_aligned<Target, N>(problem.target.data) &&
-                      (problem.loss.dtype == dtype_of<C>() ? is_aligned<C, N>(problem.loss.data) : is_aligned<Input, N>(problem.loss.data)) &&
+                      (problem.loss.dtype == dtype_of<C>() ? is_aligned<C, N>(problem.loss.data)
+                                                           : is_aligned<Input, N>(problem.loss.data)) &&
                       is_aligned<Input, N>(problem.grad_input.data) && is_aligned<Target, N>(problem.grad_target.data);
-  const int64_t blocks = num_blocks(problem.numel, kTile<Input, Target>, max_blocks);
+  const int64_t blocks = num_blocks(problem.numel, kTile<Input, Target, kWeighted>, max_blocks);
+  launch(vector_kernel<Policy, Input, Target, kWeighted>, blocks, kThreads, arguments);
+  return blocks;
+}
+
+template <typename Policy, typename Input, typename Target, typename Launch>
+int64_t try_types(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  if (!fits<Input, Target>(problem)) {
+    return -1;
+  }
   const bool weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
                         problem.grad_output.layout != Layout::Absent;
-  if (weighted) {
-    launch(vector_kernel<Policy, Input, Target, true>, blocks, kThreads, arguments);
-  } else {
-    launch(vector_kernel<Policy, Input, Target, false>, blocks, kThreads, arguments);
-  }
-  return blocks;
+  return weighted ? try_vector_kernel<Policy, Input, Target, true>(problem, partials, max_blocks, launch)
+                  : try_vector_kernel<Policy, Input, Target, false>(problem, partials, max_blocks, launch);
 }
 
 template <typename Policy, typename Input, typename... Targets, typename Launch>
 int64_t try_targets(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   int64_t blocks = -1;
-  ((blocks = blocks >= 0 ? blocks : try_vector_kernel<Policy, Input, Targets>(problem, partials, max_blocks, launch)), ...);
+  ((blocks = blocks >= 0 ? blocks : try_types<Policy, Input, Targets>(problem, partials, max_blocks, launch)), ...);
   return blocks;
 }
 
@@ -140,9 +154,11 @@ int64_t try_vector_kernels(const Problem& problem, double* partials, int64_t max
     case Dtype::Float:
       return try_targets<Policy, float, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
     case Dtype::Half:
-      return try_targets<Policy, __half, __half, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+      return try_targets<Policy, __half, __half, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks,
+                                                                                   launch);
     case Dtype::BFloat16:
-      return try_targets<Policy, __nv_bfloat16, __nv_bfloat16, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+      return try_targets<Policy, __nv_bfloat16, __nv_bfloat16, float, Boolean, uint8_t, int64_t>(problem, partials,
+                                                                                                 max_blocks, launch);
     case Dtype::Double:
       return try_targets<Policy, double, double, Boolean>(problem, partials, max_blocks, launch);
     default:
@@ -178,18 +194,20 @@ int64_t launch_pass(const Problem& problem, double* partials, int64_t max_blocks
 
 // The partial sums that a problem can have at most: the smallest tile is that of vectors of two elements.
 inline int64_t max_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
-  return num_blocks(numel, kTile<double, double>, max_blocks);
+  return num_blocks(numel, kTile<double, double, true>, max_blocks);
 }
 
-// Solves a problem. When it asks for a sum, `total` receives it, divided by `divisor`, and `partials` has room for max_partials(numel) values.
+// Solves a problem. When it asks for a sum, `total` receives it, divided by `divisor`, and `partials` has room for
+// max_partials(numel) values.
 template <typename Launch>
 void solve(const Problem& problem, double* partials, double divisor, const Output& total, const Launch& launch,
            int64_t max_blocks = kMaxBlocks) {
   if (!problem.reduce) {
     partials = nullptr;
   }
-  const int64_t blocks = problem.formula == Formula::WithLogits ? launch_pass<WithLogits>(problem, partials, max_blocks, launch)
-                                                                : launch_pass<Probabilities>(problem, partials, max_blocks, launch);
+  const int64_t blocks = problem.formula == Formula::WithLogits
+                             ? launch_pass<WithLogits>(problem, partials, max_blocks, launch)
+                             : launch_pass<Probabilities>(problem, partials, max_blocks, launch);
   if (problem.reduce) {
     launch(final_sum_kernel, 1, kSumThreads, partials, blocks, divisor, total);
   }
@@ -197,15 +215,16 @@ void solve(const Problem& problem, double* partials, double divisor, const Outpu
 
 // grad *= grad_output, see scale_kernel.
 template <typename Launch>
-void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype, const Launch& launch,
-                int64_t max_blocks = kMaxBlocks) {
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
+                const Launch& launch, int64_t max_blocks = kMaxBlocks) {
   if (numel == 0) {
     return;
   }
   const auto launch_typed = [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t kTileSize = kThreads * kVectorBytes / sizeof(T);
-    launch(scale_kernel<T>, num_blocks(numel, kTileSize, max_blocks), kThreads, static_cast<T*>(grad.data), numel, grad_output, grad_output_dtype);
+    launch(scale_kernel<T>, num_blocks(numel, kTileSize, max_blocks), kThreads, static_cast<T*>(grad.data), numel,
+           grad_output, grad_output_dtype);
   };
   switch (grad.dtype) {
     case Dtype::Half:

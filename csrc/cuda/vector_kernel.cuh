@@ -1,8 +1,10 @@
-// The kernel for what is common: input and target dense and in walk order, in vectors. Two variants: kWeighted reads the weights in any of the
-// ways of factor.cuh, the other has none.
+// The kernel for what is common: input and target dense and in walk order, in vectors. Two variants: kWeighted reads
+// the weights in any of the ways of factor.cuh, the other has none.
 #pragma once
 
 #include <c10/macros/Macros.h>
+
+#include <algorithm>
 
 #include "../bce_math.h"
 #include "block_reduce.cuh"
@@ -25,20 +27,29 @@ struct VectorArguments {
   bool aligned = false;  // input, target and the outputs can be accessed in vectors
 };
 
-// Elements per vector: the widest operand takes 16 bytes, and all accesses of a warp are to neighbours.
-template <typename Input, typename Target>
-constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(Input) > sizeof(Target) ? sizeof(Input) : sizeof(Target));
+// Elements per vector: the widest operand takes 16 bytes, and all accesses of a warp are to neighbours. Weights may be
+// of the type that is computed in.
+template <typename Input, typename Target, bool kWeighted>
+constexpr int kVectorSize =
+    kVectorBytes /
+    static_cast<int>(std::max({sizeof(Input), sizeof(Target), kWeighted ? sizeof(compute_t<Input>) : 1}));
 
 // Elements that a block handles at a time.
-template <typename Input, typename Target>
-constexpr int kTile = kThreads * kVectorSize<Input, Target>;
+template <typename Input, typename Target, bool kWeighted>
+constexpr int kTile = kThreads * kVectorSize<Input, Target, kWeighted>;
+
+// Logits may have any value; what is no probability stops the program, as in native, by an assertion of the kernel.
+template <typename Policy, typename C>
+__device__ __forceinline__ bool is_in_range(C x) {
+  return !std::is_same_v<Policy, Probabilities> || (x >= C(0) && x <= C(1));
+}
 
 // What a thread does with its N elements of a tile.
 template <typename Policy, typename Input, typename Target, bool kWeighted>
 class TilePass {
  public:
   using C = compute_t<Input>;
-  static constexpr int N = kVectorSize<Input, Target>;
+  static constexpr int N = kVectorSize<Input, Target, kWeighted>;
 
   __device__ __forceinline__ explicit TilePass(const VectorArguments<C>& arguments)
       : arguments_(arguments),
@@ -46,7 +57,7 @@ class TilePass {
         pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
 
   // Elements [index, index + N), all of them there and aligned. Returns the sum of their losses.
-  __device__ __forceinline__ C vector(int64_t index) const {
+  __device__ __forceinline__ C vector(int64_t index) {
     const auto inputs = load_vector<Input, N>(arguments_.input, index);
     const auto targets = load_vector<Target, N>(arguments_.target, index);
     C weights[N], pos_weights[N];
@@ -64,10 +75,11 @@ class TilePass {
     C sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const Terms<C> terms = evaluate(to_compute<C>(inputs.values[k]), to_compute<C>(targets.values[k]), weights[k], pos_weights[k]);
+      const Terms<C> terms =
+          evaluate(to_compute<C>(inputs.values[k]), to_compute<C>(targets.values[k]), weights[k], pos_weights[k]);
       losses[k] = terms.loss;
-      grad_inputs[k] = arguments_.scale * terms.grad_input;
-      grad_targets[k] = arguments_.scale * terms.grad_target;
+      grad_inputs[k] = terms.grad_input;
+      grad_targets[k] = terms.grad_target;
       sum += terms.loss;
     }
     store(index, losses, grad_inputs, grad_targets);
@@ -75,7 +87,7 @@ class TilePass {
   }
 
   // The same one by one: what is not aligned, and the end.
-  __device__ __forceinline__ C elements(int64_t index) const {
+  __device__ __forceinline__ C elements(int64_t index) {
     C sum = 0;
 #pragma unroll 1
     for (int64_t i = index; i < index + N && i < arguments_.numel; ++i) {
@@ -87,28 +99,30 @@ class TilePass {
       const Terms<C> terms = evaluate(to_compute<C>(static_cast<const Input*>(arguments_.input)[i]),
                                       to_compute<C>(static_cast<const Target*>(arguments_.target)[i]), w, p);
       const C loss[1] = {terms.loss};
-      const C grad_input[1] = {arguments_.scale * terms.grad_input};
-      const C grad_target[1] = {arguments_.scale * terms.grad_target};
+      const C grad_input[1] = {terms.grad_input};
+      const C grad_target[1] = {terms.grad_target};
       store(i, loss, grad_input, grad_target);
       sum += terms.loss;
     }
     return sum;
   }
 
+  // Whether all inputs so far were values that the formula is defined for.
+  __device__ __forceinline__ bool in_range() const { return in_range_; }
+
  private:
-  __device__ __forceinline__ static Terms<C> evaluate(C x, C y, C w, C p) {
-    if constexpr (std::is_same_v<Policy, Probabilities>) {
-      CUDA_KERNEL_ASSERT(x >= C(0) && x <= C(1));
-    }
+  __device__ __forceinline__ Terms<C> evaluate(C x, C y, C w, C p) {
+    in_range_ &= is_in_range<Policy>(x);
     if constexpr (kWeighted) {
-      return Policy::evaluate(x, y, w, p);
+      return Policy::evaluate(x, y, w, p, arguments_.scale, Policy::first_stage(x));
     } else {
-      return Policy::evaluate(x, y, w, One{});
+      return Policy::evaluate(x, y, w, One{}, arguments_.scale, Policy::first_stage(x));
     }
   }
 
   template <int M>
-  __device__ __forceinline__ void store(int64_t index, const C (&losses)[M], const C (&grad_inputs)[M], const C (&grad_targets)[M]) const {
+  __device__ __forceinline__ void store(int64_t index, const C (&losses)[M], const C (&grad_inputs)[M],
+                                        const C (&grad_targets)[M]) const {
     if (arguments_.loss.data != nullptr) {
       if (arguments_.loss.dtype == dtype_of<C>()) {
         store_vector<C>(arguments_.loss.data, index, losses);
@@ -128,19 +142,21 @@ class TilePass {
 
   const VectorArguments<C>& arguments_;
   const C weight_, pos_weight_;  // the constant parts
+  bool in_range_ = true;
 };
 
 template <typename Policy, typename Input, typename Target, bool kWeighted>
 __global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<compute_t<Input>> arguments) {
   using Pass = TilePass<Policy, Input, Target, kWeighted>;
-  constexpr int64_t kSize = kTile<Input, Target>;
-  const Pass pass(arguments);
+  constexpr int64_t kSize = kTile<Input, Target, kWeighted>;
+  Pass pass(arguments);
   double sum = 0;
   for (int64_t tile = blockIdx.x; tile * kSize < arguments.numel; tile += gridDim.x) {
     const int64_t index = tile * kSize + static_cast<int>(threadIdx.x) * Pass::N;
     const bool whole = (tile + 1) * kSize <= arguments.numel;
     sum += whole && arguments.aligned ? pass.vector(index) : pass.elements(index);
   }
+  CUDA_KERNEL_ASSERT(pass.in_range());
   if (arguments.partials != nullptr) {
     sum = block_sum(sum);
     if (threadIdx.x == 0) {

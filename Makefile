@@ -1,0 +1,128 @@
+# Every target sets up what it needs in a virtual environment of this directory; `make help` lists them.
+#
+# Variables (make test TORCH_SPEC='torch==2.11.*'):
+#   PYTHON           the interpreter that the environment is made from
+#   TORCH_SPEC       the torch for .venv; TORCH_INDEX: a package index to take it from, for example one of CPU builds
+#   CUDA_TORCH_SPEC  the CUDA build of torch for .venv-cuda
+#   ARGS             further arguments for the program that the target runs, for example ARGS='-k gradcheck' for pytest
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+CUDA_TORCH_SPEC ?= torch==2.14.1
+ARGS ?=
+
+PY := $(VENV)/bin/python
+# One stamp for each torch, so that another TORCH_SPEC installs and builds anew.
+TAG := $(subst *,x,$(subst <,,$(subst >,,$(subst =,,$(TORCH_SPEC)))))
+DEPS := $(VENV)/.deps-$(TAG)
+BUILT := $(VENV)/.built-$(TAG)
+
+CXX_SOURCES := $(shell find csrc -type f)
+FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PY_TREES := $(wildcard setup.py bce_ext tests benchmarks examples)
+TYPED := $(wildcard bce_ext examples benchmarks)
+
+.PHONY: help deps build demo test lint format bench bench-quick sanitize cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPS): requirements-dev.txt | $(PY)
+	rm -f $(VENV)/.deps-* $(VENV)/.built-*
+	$(PY) -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) '$(TORCH_SPEC)'
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# The full log is in build/build.log; the terminal gets a line for each file.
+$(BUILT): $(DEPS) setup.py pyproject.toml $(CXX_SOURCES)
+	@mkdir -p build
+	$(PY) setup.py build_ext --inplace 2>&1 | tee build/build.log \
+		| sed -uE 's|^(\[[0-9/]+\]) .* -c [^ ]*/(csrc/[^ ]+) .*|\1 \2|; s|^[^ ]*[gc]\+\+ .* -shared .* -o ([^ ]+).*|link \1|'
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+deps: $(DEPS)  ## the environment without the extension
+build: $(BUILT)  ## the extension, in place; only what changed is compiled
+
+demo: $(BUILT)  ## trains real models with torch's loss and with ours, and compares
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(BUILT)  ## the whole test suite
+	$(PY) -m pytest tests $(ARGS)
+
+lint: $(DEPS)  ## formatting, style and types
+	$(PY) -m ruff format --check $(PY_TREES)
+	$(PY) -m ruff check $(PY_TREES)
+	$(PY) -m mypy $(TYPED)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(DEPS)  ## formats all sources
+	$(PY) -m ruff format $(PY_TREES)
+	$(PY) -m ruff check --fix $(PY_TREES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+bench: $(BUILT)  ## the whole benchmark
+	$(PY) benchmarks/benchmark.py $(ARGS)
+
+bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
+	$(PY) benchmarks/benchmark.py --quick $(ARGS)
+
+# Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
+# its own: only what changed is compiled.
+COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt .clang-format \
+	bce_ext csrc tests benchmarks examples docs)
+build/%-tree: FORCE
+	@mkdir -p $@
+	@find $@ \( -path $@/build -o -name '*.so' \) -prune -o -type f -exec rm {} +
+	@tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $@
+FORCE:
+
+# The extension alone is sanitized, not torch or Python: so the runtime libraries are loaded first, and leaks are not looked for.
+# tests/cuda and tests/kernel sanitize programs of their own.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0
+sanitize: $(DEPS) build/sanitize-tree  ## the tests with the extension under AddressSanitizer and UndefinedBehaviorSanitizer
+	cd build/sanitize-tree && BCE_EXT_FORCE_CUDA=0 BCE_EXT_CXX_FLAGS="-O1 -g $(SANITIZERS)" BCE_EXT_LINK_FLAGS="$(SANITIZERS)" \
+		$(abspath $(PY)) setup.py build_ext --inplace
+	cd build/sanitize-tree && $(SANITIZED) $(abspath $(PY)) -m pytest tests --ignore=tests/cuda --ignore=tests/kernel $(ARGS)
+CUDA_TREE := build/cuda-tree
+IN_CUDA_TREE = env -u TORCH_INDEX BCE_EXT_FORCE_CUDA=1 $(MAKE) -C $(CUDA_TREE) VENV=$(abspath .venv-cuda) TORCH_SPEC='$(CUDA_TORCH_SPEC)' \
+	TORCH_INDEX=
+
+nvcc:
+	@command -v nvcc "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" > /dev/null \
+		|| { echo "The CUDA build needs nvcc, and there is none on PATH, in CUDA_HOME or in /usr/local/cuda."; exit 1; }
+
+cuda-check: nvcc $(CUDA_TREE)  ## builds with CUDA (no GPU needed), inspects the machine code, runs the whole test suite on that build
+	env -u TORCH_CUDA_ARCH_LIST $(IN_CUDA_TREE) build
+	cd $(CUDA_TREE) && $(abspath .venv-cuda)/bin/python tests/cuda/check_cubins.py
+	$(IN_CUDA_TREE) test
+
+gpu-test: nvcc $(CUDA_TREE) gpu  ## the tests that need a GPU
+	$(IN_CUDA_TREE) test ARGS="-m gpu $(ARGS)"
+
+gpu-bench: nvcc $(CUDA_TREE) gpu  ## the benchmark on a GPU
+	$(IN_CUDA_TREE) bench ARGS="--device cuda $(ARGS)"
+
+gpu: nvcc $(CUDA_TREE)
+	@$(IN_CUDA_TREE) --silent deps
+	@.venv-cuda/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+		|| { echo "This target needs a GPU, and torch sees none."; exit 1; }
+
+clean:  ## removes what was built
+	rm -rf build dist *.egg-info bce_ext/*.so .venv/.built-* .venv-cuda/.built-*
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find bce_ext tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
+
+distclean: clean  ## and the environments
+	rm -rf .venv .venv-cuda

@@ -1,0 +1,113 @@
+"""The speed and the memory that the package promises on a CPU, case by case, and whether this machine shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cases import Case, candidates
+from processes import KEEP_PAGES, busy_core, in_fresh_process, peak_memory, timings_and_page_faults
+from report import Row, case_row, console, print_table
+from rich.progress import track
+from timing import Timing, measure
+
+
+@dataclass(frozen=True)
+class Target:
+    against: str  # native | compile | sum: x.sum().backward() | add: torch.add(x, t, out=y)
+    bound: float | None  # of the speed-up, or with at_most of our share of theirs; None: only measured
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        return "" if self.bound is None else f"{'<=' if self.at_most else '>='} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    case: Case
+    target: Target
+    ours: object
+    theirs: object
+    ratio: float
+
+    @property
+    def verdict(self) -> str:
+        if self.target.bound is None:
+            return ""
+        reached = self.ratio <= self.target.bound if self.target.at_most else self.ratio >= self.target.bound
+        return "yes" if reached else "NO"
+
+    @property
+    def row(self) -> Row:
+        sides = {"against": self.target.against, "ours": str(self.ours), "theirs": str(self.theirs)}
+        verdict = {"ratio": self.ratio, "required": str(self.target), "reached": self.verdict}
+        return {"name": self.name, **sides, **verdict, **case_row(self.case, "ours")}
+
+
+SMALL = (Target("native", 1.6), Target("sum", 1.2, at_most=True))
+POS_WEIGHT = (Target("native", 22),)
+TIMES = (
+    ("16M", Case((4096, 4096)), (Target("native", 13), Target("compile", 4.5))),
+    ("1M", Case((1024, 1024)), (Target("native", 7), Target("compile", 4.5))),
+    ("64k", Case((256, 256)), (Target("native", 5),)),
+    ("1 element", Case((1,)), SMALL),
+    ("1,000 elements", Case((1000,)), SMALL),
+    ("4096x4096, pos_weight [C]", Case((4096, 4096), weights="pos_weight[C]"), POS_WEIGHT),
+    ("16x64x128x128, pos_weight [C,1,1]", Case((16, 64, 128, 128), weights="pos_weight[C,1,1]"), POS_WEIGHT),
+    ("16M, bfloat16", Case((4096, 4096), "bfloat16"), (Target("native", 8),)),
+    ("16M, bfloat16, bool target", Case((4096, 4096), "bfloat16", "bool"), (Target("native", 10),)),
+    ("16M, reduction none", Case((4096, 4096), reduction="none"), (Target("native", 6),)),
+    ("16M, forward under no_grad", Case((4096, 4096), mode="inference"), (Target("native", 15),)),
+    ("4M, float64", Case((2048, 2048), "float64"), (Target("native", 4),)),
+)
+FORWARD = (Case((4096, 4096), mode="forward"), Target("add", 1.4, at_most=True))
+# Our peak over the logits: the gradient and nothing else, give or take what the process itself needs meanwhile.
+MEMORY = (Case((4096, 4096)), Case((4096, 4096), weights="pos_weight[C]"))
+GRADIENT_ONLY = Target("native", 1.05, at_most=True)
+BUSY = (Case((1024, 1024)), (Target("native", None), Target("compile", None)))
+
+
+def check_targets(threads: int, seconds: float) -> list[Row]:
+    count = sum(len(targets) for *_, targets in TIMES) + 1 + len(MEMORY) + len(BUSY[1])
+    outcomes = list(track(_outcomes(threads, seconds), "targets", count, console=console))
+    print_table(
+        f"Targets, {threads} threads: medians [20 %, 80 % quantiles]",
+        ("case", "against", "ours", "theirs", "ratio", "required", "reached"),
+        ([o.name, o.target.against, o.ours, o.theirs, o.ratio, o.target, o.verdict] for o in outcomes),
+    )
+    return [outcome.row for outcome in outcomes]
+
+
+def _outcomes(threads: int, seconds: float) -> Iterator[Outcome]:
+    for name, case, targets in TIMES:
+        yield from _compare(name, replace(case, threads=threads), targets, seconds)
+
+    case, target = FORWARD
+    case = replace(case, threads=threads)
+    arguments = (case, ("ours", target.against), seconds)
+    timings, faults = in_fresh_process(KEEP_PAGES, timings_and_page_faults, *arguments)
+    yield _outcome(f"16M, forward, pages kept: {faults:.0f} faults a call", case, target, timings)
+
+    for case in MEMORY:
+        case = replace(case, threads=threads)
+        ours, theirs = (in_fresh_process({}, peak_memory, case, name) for name in ("ours", GRADIENT_ONLY.against))
+        share = ours / (case.numel * case.itemsize)
+        sides = (f"{ours / 1e6:.0f} MB", f"{theirs / 1e6:.0f} MB")
+        yield Outcome(f"16M, weights {case.weights}: peak memory / logits", case, GRADIENT_ONLY, *sides, share)
+
+    case, targets = BUSY
+    with busy_core():
+        yield from _compare("1M, another process on one core", replace(case, threads=threads), targets, 3 * seconds)
+
+
+def _compare(name: str, case: Case, targets: tuple[Target, ...], seconds: float) -> Iterator[Outcome]:
+    timings = measure(candidates(case, ("ours", *(target.against for target in targets))), seconds, min_rounds=15)
+    for target in targets:
+        yield _outcome(name, case, target, timings)
+
+
+def _outcome(name: str, case: Case, target: Target, timings: dict[str, Timing]) -> Outcome:
+    ours, theirs = timings["ours"], timings[target.against]
+    ratio = ours.median / theirs.median if target.at_most else theirs.median / ours.median
+    return Outcome(name, case, target, ours, theirs, ratio)

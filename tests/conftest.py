@@ -1,0 +1,59 @@
+"""The devices that every test of values runs on, and what the summary says of those that it could not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import bce_ext
+
+
+def why_no_cuda() -> str | None:
+    """The reason why nothing can be run on a GPU, or None."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a CPU build"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if bce_ext.build_info()["cuda"] is None and torch.version.hip is None:
+        return "the extension was built without CUDA"
+    return None
+
+
+WHY_NO_CUDA = why_no_cuda()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(WHY_NO_CUDA is not None, reason=str(WHY_NO_CUDA))]),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    gpu_cases = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in getattr(r, "keywords", {})]
+    if gpu_cases:
+        terminalreporter.write_line(f"{len(gpu_cases)} GPU cases were NOT RUN: {WHY_NO_CUDA}", yellow=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Programs that the tests start find the package of this tree, wherever pytest was started.
+    root = str(config.rootpath)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

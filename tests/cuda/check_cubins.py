@@ -1,0 +1,329 @@
+"""Inspects what nvcc made of the kernels: ``python check_cubins.py [--library LIBRARY] [--write PAGE]``.
+
+No GPU is needed. Fails unless every kernel keeps out of local memory (no stack, no spills), every vector kernel moves
+16 bytes in one access, and every internal operator with a kernel for the CPU has one for CUDA. Prints the registers and
+the theoretical occupancy of every kernel and the instructions that the machine executes per element, as the table that
+docs/cuda.md shows; ``--write`` puts it into that page.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+
+REQUIRED_ARCHS = ("sm_75", "sm_90")
+
+# Of an SM: 32-bit registers, threads, blocks (CUDA C++ Programming Guide, "Technical Specifications").
+SM_LIMITS = {
+    "sm_75": (65536, 1024, 16),
+    "sm_80": (65536, 2048, 32),
+    "sm_86": (65536, 1536, 16),
+    "sm_90": (65536, 2048, 32),
+    "sm_100": (65536, 2048, 32),
+    "sm_120": (65536, 1536, 24),
+}
+
+SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "Boolean": 1, "unsigned char": 1, "long": 8}
+DISPLAYED = {
+    "__half": "half",
+    "__nv_bfloat16": "bfloat16",
+    "Boolean": "bool",
+    "unsigned char": "uint8",
+    "long": "int64",
+}
+
+# The copy bandwidth of an H100, measured elsewhere, and what its 132 SMs issue at 1.7 GHz: 4 warps of 32 a clock.
+H100_BYTES_PER_SECOND = 3.0e12
+H100_INSTRUCTIONS_PER_SECOND = 132 * 4 * 32 * 1.7e9
+
+# Path, kernel, bytes per element, and which way through the kernel to count.
+ROOFLINE = [
+    ("mean, float32, target float32", "vector_kernel<WithLogits, float, float, false>", 12, max),
+    ("mean without gradient, float32", "vector_kernel<WithLogits, float, float, false>", 8, min),
+    ("mean, float32, target bool", "vector_kernel<WithLogits, float, bool, false>", 9, max),
+    ("mean, float32, target int64", "vector_kernel<WithLogits, float, int64, false>", 16, max),
+    ("mean, bfloat16, target bfloat16", "vector_kernel<WithLogits, bfloat16, bfloat16, false>", 6, max),
+    ("mean, bfloat16, target bool", "vector_kernel<WithLogits, bfloat16, bool, false>", 5, max),
+    ("mean, bfloat16, target float32", "vector_kernel<WithLogits, bfloat16, float, false>", 8, max),
+    ("mean, float64, target float64", "vector_kernel<WithLogits, double, double, false>", 24, max),
+    ("backward of none, float32 (the shortest way)", "vector_kernel<WithLogits, float, float, true>", 16, min),
+    ("three odd broadcasts, float32 (the longest way)", "vector_kernel<WithLogits, float, float, true>", 12, max),
+    ("BCELoss, mean, float32", "vector_kernel<Probabilities, float, float, false>", 12, max),
+    ("scaling of the gradient, float32", "scale_kernel<float>", 8, max),
+]
+
+
+@dataclasses.dataclass
+class Instruction:
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        if self.opcode.split(".")[0] != "BRA" or self.opcode == "BRA.DIV":
+            return None
+        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
+        return int(match[1], 16) if match else None
+
+    @property
+    def slots(self) -> int:
+        return 2 if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", self.opcode) else 1
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction can follow. The condition of a branch is a predicate before it or an operand."""
+        conditional = self.predicated or re.match(r"!?U?P\d", self.operands) is not None
+        return conditional or self.opcode.split(".")[0] not in ("BRA", "EXIT", "RET")
+
+
+@dataclasses.dataclass
+class Kernel:
+    name: str
+    registers: int
+    stack: int
+    local: int
+    code: list[Instruction]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The template arguments, without namespaces."""
+        match = re.search(r"<(.*?)>", self.name)
+        return [re.sub(r".*::", "", parameter.strip()) for parameter in match[1].split(",")] if match else []
+
+    @property
+    def base(self) -> str:
+        match = re.search(r"(\w+)(<|\()", self.name)
+        return match[1] if match else self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.base}<{', '.join(DISPLAYED.get(parameter, parameter) for parameter in self.parameters)}>"
+
+    @property
+    def threads(self) -> int:
+        return 512 if self.base == "final_sum_kernel" else 256
+
+    @property
+    def computed_size(self) -> int:
+        """Bytes of the type that a vector kernel computes in."""
+        return 8 if self.parameters[1] == "double" else 4
+
+    @property
+    def vector_size(self) -> int:
+        """Elements per thread at a time, as kVectorSize in vector_kernel.cuh."""
+        if self.base == "vector_kernel":
+            weight_size = self.computed_size if self.parameters[3] == "true" else 1
+            return 16 // max(weight_size, *(SIZES[parameter] for parameter in self.parameters[1:3]))
+        return 16 // SIZES[self.parameters[0]] if self.base == "scale_kernel" else 1
+
+    def has(self, opcode: str) -> bool:
+        return any(instruction.opcode.startswith(opcode) for instruction in self.code)
+
+    def occupancy(self, arch: str) -> float:
+        """The share of an SM's threads that the registers have room for; warps get them 256 at a time."""
+        registers, threads, blocks = SM_LIMITS[arch]
+        per_block = -(-self.registers // 8) * 8 * self.threads
+        return min(registers // per_block, threads // self.threads, blocks) * self.threads / threads
+
+    def instructions_per_element(self, choose: Callable[..., float] = max) -> float:
+        """On the longest (with ``min``, the shortest) way once around the loop, through its first load of 16 bytes.
+
+        An instruction in float64 counts twice: on sm_90, which this is reported for, the units for it are half as wide.
+        """
+        load = next((i for i, instruction in enumerate(self.code) if instruction.opcode.startswith("LDG.E.128")), None)
+        if load is None:
+            return math.nan
+        never = -math.inf if choose is max else math.inf
+        by_address = {instruction.address: i for i, instruction in enumerate(self.code)}
+        followers: list[list[int]] = []
+        for i, instruction in enumerate(self.code):
+            after = [i + 1] if instruction.falls_through and i + 1 < len(self.code) else []
+            if instruction.target is not None:
+                after.append(by_address[instruction.target])
+            followers.append(after)
+
+        # After the load: the way forward from each instruction to the branch back to the head of the loop.
+        heads: dict[int, int] = {}
+        from_load = [never] * len(self.code)
+        reachable = {load}
+        for i in range(load, len(self.code)):
+            if i in reachable:
+                reachable.update(j for j in followers[i] if j > i)
+                heads.update((i, j) for j in followers[i] if j <= load)
+        for i in reversed(range(load, len(self.code))):
+            rest = (from_load[j] for j in followers[i] if j > i)
+            from_load[i] = self.code[i].slots + (0 if i in heads else choose(rest, default=never))
+
+        # Before it: the way from the head of the loop to the load, without the load.
+        head = min(heads.values())
+        to_load = [never] * load + [0.0]
+        for i in reversed(range(head, load)):
+            rest = (to_load[j] for j in followers[i] if i < j <= load)
+            to_load[i] = self.code[i].slots + choose(rest, default=never)
+        count: float = to_load[head] + from_load[load]
+        return count / self.vector_size
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit: on PATH, in the toolkit, or in the packages beside torch."""
+    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = [f"{home}/bin", packages / "triton/backends/nvidia/bin", *packages.glob("nvidia/*/bin")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(
+            f"{name} was not found: it comes with the CUDA toolkit and with the PyPI package nvidia-cuda-{name}"
+        )
+    return found
+
+
+def run(name: str, *arguments: str) -> str:
+    # cuobjdump looks for nvdisasm on PATH.
+    path = os.pathsep.join([str(pathlib.Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run([tool(name), *arguments], env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def demangle(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True).stdout
+
+
+def architectures(library: pathlib.Path) -> list[str]:
+    found = set(re.findall(r"\.(sm_\d+)\.cubin", run("cuobjdump", "-lelf", str(library))))
+    return sorted(found, key=lambda arch: int(arch[3:]))
+
+
+def read_kernels(library: pathlib.Path, arch: str | None = None) -> list[Kernel]:
+    """The kernels in a library, an object or a cubin."""
+    select = ["-arch", arch] if arch else []
+    kernels = {}
+    usage = demangle(run("cuobjdump", *select, "-res-usage", str(library)))
+    for name, registers, stack, local in re.findall(r"Function (.+):\n\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage):
+        kernels[name] = Kernel(name, int(registers), int(stack), int(local), [])
+    sass = demangle(run("cuobjdump", *select, "-sass", str(library)))
+    for function in re.split(r"\n\s*Function : ", sass)[1:]:
+        name, _, body = function.partition("\n")
+        for address, predicate, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?(.+?)\s*;", body):
+            opcode, _, operands = text.partition(" ")
+            kernels[name].code.append(Instruction(int(address, 16), bool(predicate), opcode, operands))
+    return list(kernels.values())
+
+
+def violations(kernel: Kernel) -> list[str]:
+    found = []
+    if kernel.stack or kernel.local:
+        found.append(f"{kernel.stack + kernel.local} bytes of stack or local memory")
+    found += [f"accesses local memory ({opcode})" for opcode in ("LDL", "STL") if kernel.has(opcode)]
+    if kernel.base in ("vector_kernel", "scale_kernel"):
+        if not kernel.has("LDG.E.128"):
+            found.append("no load of 16 bytes (LDG.E.128)")
+        stored = kernel.computed_size if kernel.base == "vector_kernel" else SIZES[kernel.parameters[0]]
+        if kernel.vector_size * stored >= 16 and not kernel.has("STG.E.128"):
+            found.append("no store of 16 bytes (STG.E.128)")
+    return found
+
+
+def operators_without_cuda() -> list[str]:
+    """The operators with a kernel for the CPU and none for CUDA."""
+    import torch
+
+    import bce_ext  # noqa: F401
+
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bce_ext::")]
+    assert any(has_kernel(name, "CPU") for name in names)
+    return [name for name in names if has_kernel(name, "CPU") and not has_kernel(name, "CUDA")]
+
+
+def make_table(kernels: dict[str, list[Kernel]]) -> str:
+    """Registers per thread and occupancy on every architecture; the instructions per element of sm_90."""
+    rows: dict[str, dict[str, Kernel]] = {}
+    for arch, of_arch in kernels.items():
+        for kernel in of_arch:
+            rows.setdefault(kernel.title, {})[arch] = kernel
+    lines = ["| kernel | " + " | ".join(kernels) + " | instructions per element |", "|---" * (len(kernels) + 2) + "|"]
+    for title in sorted(rows):
+        cells = []
+        for arch in kernels:
+            kernel = rows[title][arch]
+            cells.append(f"{kernel.registers} ({kernel.occupancy(arch):.0%})")
+        least, most = (rows[title]["sm_90"].instructions_per_element(choose) for choose in (min, max))
+        cells.append("" if math.isnan(most) else f"{least:.0f} to {most:.0f}")
+        lines.append(f"| `{title}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def make_roofline(kernels: list[Kernel]) -> str:
+    """The time that the slower of memory and instruction issue takes, predicted for an H100."""
+    by_title = {kernel.title: kernel for kernel in kernels}
+    lines = [
+        "| path | bytes per element | instructions per element | 2^24 elements | 2^28 elements | limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path, title, size, choose in ROOFLINE:
+        instructions = by_title[title].instructions_per_element(choose)
+        moving, issuing = size / H100_BYTES_PER_SECOND, instructions / H100_INSTRUCTIONS_PER_SECOND
+        times = [f"{max(moving, issuing) * 2**power * 1e6:.0f} us" for power in (24, 28)]
+        share = moving / max(moving, issuing)
+        limit = "memory" if share == 1 else f"instruction issue, at {share:.0%} of the bandwidth"
+        lines.append(f"| {path} | {size} | {instructions:.0f} | {' | '.join(times)} | {limit} |")
+    return "\n".join(lines)
+
+
+def write_section(page: pathlib.Path, name: str, content: str) -> None:
+    begin, end = f"<!-- begin {name}: check_cubins.py --write -->", f"<!-- end {name} -->"
+    before, _, rest = page.read_text().partition(begin)
+    assert end in rest
+    page.write_text(f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--library", type=pathlib.Path, help="default: that of the installed bce_ext")
+    parser.add_argument("--write", type=pathlib.Path, help="a page with the markers of the table")
+    arguments = parser.parse_args()
+    failures = []
+    library = arguments.library
+    if library is None:
+        import bce_ext
+
+        library = pathlib.Path(bce_ext.__file__).parent / "libbce_ext.so"
+        failures += [f"{name}: no kernel for CUDA" for name in operators_without_cuda()]
+    archs = [arch for arch in architectures(library) if arch in SM_LIMITS]
+    failures += [f"{library.name}: no code for {arch}" for arch in REQUIRED_ARCHS if arch not in archs]
+    kernels = {arch: read_kernels(library, arch) for arch in archs}
+    for arch, of_arch in kernels.items():
+        if not of_arch:
+            failures.append(f"{arch}: no kernels")
+        failures += [f"{arch}: {kernel.title}: {violation}" for kernel in of_arch for violation in violations(kernel)]
+    if not failures:
+        sections = {"registers": make_table(kernels), "roofline": make_roofline(kernels["sm_90"])}
+        print(*sections.values(), sep="\n\n")
+        if arguments.write:
+            for name, content in sections.items():
+                write_section(arguments.write, name, content)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    if not failures:
+        print(
+            f"{sum(map(len, kernels.values()))} kernels on {', '.join(archs)}: no local memory, no spills",
+            file=sys.stderr,
+        )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

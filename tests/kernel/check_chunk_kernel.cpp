@@ -1,0 +1,143 @@
+// The CPU kernel without PyTorch, against float64 formulas: for machines that only an emulator stands in for, such as
+// aarch64 in CI. Prints a line for each case and exits with 1 if one fails.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../../csrc/cpu/block_kernel.h"
+
+using namespace bce_ext;
+
+namespace {
+
+double softplus(double x) { return std::fmax(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
+double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+double times(double weight, double value) { return weight == 0 ? 0 : weight * value; }
+
+// The logits that decide: both tails, where a float32 exp ends, and what lies between; y alternates, so each meets both
+// labels.
+std::vector<double> logits() {
+  std::vector<double> x = {0, 1e-30, 1e-8, 0.5, 1, 3, 17, 20, 50, 80, 88, 1e4, INFINITY};
+  for (double value = 0.01; value < 90; value *= 1.007) x.push_back(value);
+  const size_t positive = x.size();
+  for (size_t i = 0; i < positive; ++i) x.push_back(-x[i]);
+  return x;
+}
+
+// The distance of two floats in units in the last place; the infinities and equal values are 0 apart.
+template <typename T>
+double ulp(T got, double expected) {
+  const T rounded = static_cast<T>(expected);
+  if (got == rounded) return 0;
+  if (std::isnan(got) || std::isinf(got) || std::isinf(rounded)) return INFINITY;
+  const T unit = std::nextafter(std::fabs(rounded), std::numeric_limits<T>::infinity()) - std::fabs(rounded);
+  return std::fabs(static_cast<double>(got) - expected) / unit;
+}
+
+double widen(const void* data, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::Float) return static_cast<const float*>(data)[i];
+  if (dtype == Dtype::Double) return static_cast<const double*>(data)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;  // bfloat16
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+struct Buffer {
+  std::vector<uint64_t> storage;
+  Dtype dtype;
+  void* data() { return storage.data(); }
+  double operator[](int64_t i) const { return widen(storage.data(), dtype, i); }
+};
+
+Buffer make(Dtype dtype, const std::vector<double>& values) {
+  Buffer buffer{std::vector<uint64_t>(values.size() + 1), dtype};
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (dtype == Dtype::Double) {
+      static_cast<double*>(buffer.data())[i] = values[i];
+    } else if (dtype == Dtype::Float) {
+      static_cast<float*>(buffer.data())[i] = static_cast<float>(values[i]);
+    } else if (dtype == Dtype::Bool) {
+      static_cast<uint8_t*>(buffer.data())[i] = values[i] != 0;
+    } else {  // bfloat16; cutting off is rounding enough for test data
+      const float value = static_cast<float>(values[i]);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      static_cast<uint16_t*>(buffer.data())[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  return buffer;
+}
+
+bool check(const char* name, Dtype input_dtype, Dtype target_dtype, Isa isa, bool with_pos_weight) {
+  const std::vector<double> x = logits();
+  const int64_t rows = static_cast<int64_t>(x.size());
+  constexpr int64_t kLabels = 2;
+  std::vector<double> inputs, targets;
+  for (const double value : x) {
+    for (int64_t label = 0; label < kLabels; ++label) {
+      inputs.push_back(value);
+      targets.push_back(static_cast<double>(label));
+    }
+  }
+  const int64_t numel = rows * kLabels;
+  Buffer input = make(input_dtype, inputs);
+  Buffer target = make(target_dtype, targets);
+  Buffer pos_weight = make(Dtype::Float, {2.0, 3.0});
+  Buffer loss = make(input_dtype, std::vector<double>(numel));
+  Buffer grad = make(input_dtype, std::vector<double>(numel));
+
+  Problem problem;
+  problem.compute_in_double = input_dtype == Dtype::Double;
+  problem.numel = numel;
+  problem.ndim = 2;
+  problem.sizes[0] = rows;
+  problem.sizes[1] = kLabels;
+  problem.input = {input.data(), input_dtype, Layout::Flat, {}};
+  problem.target = {target.data(), target_dtype, Layout::Flat, {}};
+  if (with_pos_weight) problem.pos_weight = {pos_weight.data(), Dtype::Float, Layout::Strided, {0, 1}};
+  problem.reduce = true;
+  problem.loss = {loss.data(), input_dtype};
+  problem.grad_input = {grad.data(), input_dtype};
+  const ChunkKernel kernel = chunk_kernel(problem, isa);
+  for (int64_t begin = 0; begin < numel; begin += kChunk) kernel(problem, begin, std::min(begin + kChunk, numel));
+
+  double worst = 0;
+  for (int64_t i = 0; i < numel; ++i) {
+    const double logit = input[i], y = targets[i], p = with_pos_weight ? pos_weight[i % kLabels] : 1.0;
+    const double expected_loss = times(1 - y, softplus(logit)) + times(p * y, softplus(-logit));
+    const double expected_grad = times(1 - y, sigmoid(logit)) - times(p * y, sigmoid(-logit));
+    if (input_dtype == Dtype::Double) {
+      worst = std::fmax(worst, std::fmax(ulp<double>(loss[i], expected_loss), ulp<double>(grad[i], expected_grad)));
+    } else {
+      // A bfloat16 is compared as a float: its rounding is 2^16 float units.
+      const double unit = input_dtype == Dtype::Float ? 1 : 65536;
+      worst = std::fmax(worst, std::fmax(ulp<float>(static_cast<float>(loss[i]), expected_loss),
+                                         ulp<float>(static_cast<float>(grad[i]), expected_grad)) /
+                                   unit);
+    }
+  }
+  const bool good = worst <= 4;
+  std::printf("%-28s isa %d, %lld elements: at most %.2f ULP %s\n", name, static_cast<int>(isa),
+              static_cast<long long>(numel), worst, good ? "" : "FAILED");
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  bool good = true;
+  for (const Isa isa : {Isa::Baseline, Isa::Avx2, Isa::Avx512}) {
+    if (!is_supported(isa)) continue;
+    good &= check("float32", Dtype::Float, Dtype::Float, isa, false);
+    good &= check("float32, bool target", Dtype::Float, Dtype::Bool, isa, false);
+    good &= check("float32, pos_weight", Dtype::Float, Dtype::Float, isa, true);
+    good &= check("float64", Dtype::Double, Dtype::Double, isa, false);
+    good &= check("bfloat16", Dtype::BFloat16, Dtype::BFloat16, isa, false);
+  }
+  return good ? 0 : 1;
+}

@@ -1,0 +1,77 @@
+"""Sum and mean have the same bits for any number of threads and from run to run, with and without a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bce_ext.functional as F
+from reference import CHUNK, FLOATING_DTYPES, make_logits, make_probabilities, make_targets, make_weights
+
+# One chunk, a chunk and one element, an odd number of chunks with an odd rest: what is left over falls to another thread each time.
+SIZES = [CHUNK, CHUNK + 1, 37 * CHUNK + 1031]
+
+
+def evaluate(name: str, input: Tensor, target: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """The loss, computed with its gradient and without, and the gradient."""
+    input = input.detach().requires_grad_()
+    loss = getattr(F, name)(input, target, weight=weight, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, input)
+    with torch.no_grad():
+        alone = getattr(F, name)(input, target, weight=weight, reduction=reduction)
+    assert torch.equal(loss, alone)
+    return alone, gradient
+
+
+def make_problem(name: str, numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    make_input = make_logits if name == "binary_cross_entropy_with_logits" else make_probabilities
+    shape = (numel,)
+    return make_input(shape, dtype, device), make_targets(shape, dtype, device), make_weights(shape, dtype, device)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
+@pytest.mark.parametrize("numel", SIZES)
+def test_the_number_of_threads_does_not_matter(numel: int, dtype: torch.dtype, reduction: str, name: str) -> None:
+    problem = make_problem(name, numel, dtype, "cpu")
+    torch.set_num_threads(1)
+    expected = evaluate(name, *problem, reduction)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            actual = evaluate(name, *problem, reduction)
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("numel", [*SIZES, 2**20 + 1])
+def test_one_run_is_as_the_other(numel: int, reduction: str, name: str, device: str) -> None:
+    problem = make_problem(name, numel, torch.float32, device)
+    expected = evaluate(name, *problem, reduction)
+    for _ in range(10):
+        fresh = tuple(tensor.clone() for tensor in problem)  # in other memory
+        actual = evaluate(name, *fresh, reduction)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_broadcast_weight_sums_as_the_full_one(reduction: str, device: str) -> None:
+    shape = (611, 37)
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
+    weight = make_weights((37,), torch.float32, device)
+    expected = evaluate("binary_cross_entropy_with_logits", input, target, weight.expand(shape).contiguous(), reduction)
+    actual = evaluate("binary_cross_entropy_with_logits", input, target, weight, reduction)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_deterministic_mode_has_nothing_to_object_to(device: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        problem = make_problem("binary_cross_entropy_with_logits", CHUNK + 1, torch.float32, device)
+        evaluate("binary_cross_entropy_with_logits", *problem, "mean")
+    finally:
+        torch.use_deterministic_algorithms(False)

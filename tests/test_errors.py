@@ -1,0 +1,207 @@
+"""Bad input raises what native raises, in one clear sentence: the functional, the module and the operator alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bce_ext
+import bce_ext.functional as F
+from callables import PROBABILITIES, WITH_LOGITS
+
+NATIVE = torch.nn.functional.binary_cross_entropy_with_logits
+NATIVE_PROBABILITIES = torch.nn.functional.binary_cross_entropy
+
+
+def raised_by(call: Callable[..., object], *args: Any, **kwargs: Any) -> Exception:
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def assert_raises_as_native(error: Exception, native: Exception) -> None:
+    # `except` clauses written for native must catch ours.
+    assert isinstance(error, type(native)), f"native raises {native!r}, ours {error!r}"
+    message = str(error)
+    assert message
+    assert "\n" not in message.strip(), message
+
+
+def probability(input: Tensor) -> Tensor:
+    return input.sigmoid() if input.is_floating_point() else input
+
+
+Arguments = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+X = torch.linspace(-2, 2, 12).view(3, 4)
+Y = torch.linspace(0, 1, 12).view(3, 4)
+
+# Tensors that native refuses, and a word of our message.
+BAD_TENSORS: dict[str, tuple[Arguments, str]] = {
+    "target of another size": ((X, Y[:, :3], {}), "must be the same as input size"),
+    "(N, 1) logits, (N,) targets": ((X[:, :1], Y[:, 0], {}), "unsqueeze"),
+    "(N,) logits, (N, 1) targets": ((X[:, 0], Y[:, :1], {}), "squeeze"),
+    "target that would broadcast": ((X, Y[:1], {}), "must be the same as input size"),
+    "input that would broadcast": ((X[:1], Y, {}), "must be the same as input size"),
+    "target of the same numel": ((X, Y.view(4, 3), {}), "the number of elements agrees"),
+    "empty target": ((X, Y[:0], {}), "must be the same as input size"),
+    "weight of another size": ((X, Y, {"weight": torch.ones(5)}), "expected weight to broadcast"),
+    "weight of the wrong dimension": ((X, Y, {"weight": torch.ones(3)}), "expected weight to broadcast"),
+    "weight larger than the input": ((X, Y, {"weight": torch.ones(2, 3, 4)}), "expected weight to broadcast"),
+    "empty weight": ((X, Y, {"weight": torch.ones(0)}), "expected weight to broadcast"),
+    "pos_weight of another size": ((X, Y, {"pos_weight": torch.ones(5)}), "expected pos_weight to broadcast"),
+    "pos_weight of the wrong dimension": ((X, Y, {"pos_weight": torch.ones(3)}), "expected pos_weight to broadcast"),
+    "pos_weight larger than the input": ((X, Y, {"pos_weight": torch.ones(2, 3, 4)}), "expected pos_weight to broadcast"),
+    "empty pos_weight": ((X, Y, {"pos_weight": torch.ones(0)}), "expected pos_weight to broadcast"),
+    "int64 logits": ((X.long(), Y, {}), "expected input of a real floating dtype"),
+    "uint8 logits": ((X.byte(), Y, {}), "expected input of a real floating dtype"),
+    "bool logits": ((X > 0, Y, {}), "expected input of a real floating dtype"),
+    "complex logits": ((X.cfloat(), Y, {}), "expected input of a real floating dtype"),
+    "complex logits and targets": ((X.cfloat(), Y.cfloat(), {}), "expected input of a real floating dtype"),
+    "complex weight": ((X, Y, {"weight": X.cfloat()}), "expected a real weight"),
+    "complex pos_weight": ((X, Y, {"pos_weight": X.cfloat()}), "expected a real pos_weight"),
+    "target on another device": ((X, Y.to("meta"), {}), "expected target on the device of input"),
+    "input on another device": ((X.to("meta"), Y, {}), "expected target on the device of input"),
+    "weight on another device": ((X, Y, {"weight": Y.to("meta")}), "expected weight on the device of input"),
+    "pos_weight on another device": ((X, Y, {"pos_weight": Y.to("meta")}), "expected pos_weight on the device of input"),
+    "sparse logits": ((X.to_sparse(), Y, {}), "expected a strided input"),
+    "sparse target": ((X, Y.to_sparse(), {}), "expected a strided target"),
+}
+
+
+def to_device(tensor: Tensor, device: str) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to(device)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("loss_function", WITH_LOGITS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors(case: str, loss_function: Callable[..., Tensor], requires_grad: bool, device: str) -> None:
+    (input, target, weights), text = BAD_TENSORS[case]
+    input, target = to_device(input, device), to_device(target, device)
+    weights = {name: to_device(weight, device) for name, weight in weights.items()}
+    if input.is_floating_point():
+        input = input.detach().requires_grad_(requires_grad)
+    native = raised_by(NATIVE, input, target, **weights)
+    if loss_function.__name__ == "scripted":
+        # TorchScript turns every exception of an operator into its own kind of RuntimeError, and shows the code around the call.
+        with pytest.raises((type(native), RuntimeError), match=text):
+            loss_function(input, target, **weights)
+        return
+    error = raised_by(loss_function, input, target, **weights)
+    assert_raises_as_native(error, native)
+    assert text in str(error)
+
+
+@pytest.mark.parametrize("loss_function", PROBABILITIES[:-1], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [case for case, ((_, _, weights), _) in BAD_TENSORS.items() if "pos_weight" not in weights])
+def test_bad_tensors_of_probabilities(case: str, loss_function: Callable[..., Tensor], device: str) -> None:
+    (input, target, weights), text = BAD_TENSORS[case]
+    if input.is_sparse or target.is_sparse:
+        pytest.skip("native names another backend's missing kernel")
+    input, target = to_device(probability(input), device), to_device(target, device)
+    weights = {name: to_device(weight, device) for name, weight in weights.items()}
+    error = raised_by(loss_function, input, target, **weights)
+    assert_raises_as_native(error, raised_by(NATIVE_PROBABILITIES, input, target, **weights))
+    assert text in str(error)
+
+
+@pytest.mark.parametrize("loss_function", [*WITH_LOGITS[:-1], *PROBABILITIES[:-1]], ids=lambda f: f.__name__)
+def test_a_complex_target_raises(loss_function: Callable[..., Tensor], device: str) -> None:
+    # Native gives a complex loss with logits, whose meaning nobody has defined, and raises RuntimeError with probabilities.
+    with pytest.raises(RuntimeError, match="expected a real target, but got ComplexFloat"):
+        loss_function(X.sigmoid().to(device), Y.cfloat().to(device))
+
+
+def test_the_hint_for_the_most_frequent_mistake() -> None:
+    with pytest.raises(ValueError, match=r"use target\.unsqueeze\(dim\) or input\.squeeze\(dim\)"):
+        F.binary_cross_entropy_with_logits(X[:, :1], Y[:, 0])
+    with pytest.raises(ValueError, match=r"use target\.squeeze\(dim\) or input\.unsqueeze\(dim\)"):
+        F.binary_cross_entropy_with_logits(X[:, 0], Y[:, :1])
+
+
+@pytest.mark.parametrize("reduction", ["max", "", "Mean", None, 1])
+def test_unknown_reduction(reduction: Any) -> None:
+    native = raised_by(NATIVE, X, Y, reduction=reduction)
+    for ours in (
+        raised_by(F.binary_cross_entropy_with_logits, X, Y, reduction=reduction),
+        raised_by(F.binary_cross_entropy, X.sigmoid(), Y, reduction=reduction),
+        raised_by(bce_ext.BCEWithLogitsLoss(reduction=reduction), X, Y),
+        raised_by(bce_ext.BCELoss(reduction=reduction), X.sigmoid(), Y),
+    ):
+        assert type(ours) is type(native)
+        assert str(ours) == str(native)
+
+
+@pytest.mark.parametrize("reduction", [3, -1, 2**40])
+def test_unknown_reduction_number(reduction: int) -> None:
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        torch.ops.bce_ext.binary_cross_entropy_with_logits(X, Y, None, None, reduction)
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        torch.ops.bce_ext.binary_cross_entropy(X.sigmoid(), Y, None, reduction)
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        bce_ext.BCEWithLogitsFunction.apply(X, Y, None, None, reduction)
+
+
+NON_TENSORS = {"list": [[1.0, 2.0]], "None": None, "array": np.ones((3, 4), dtype=np.float32), "number": 1.0, "string": "a"}
+
+
+@pytest.mark.parametrize("place", ["input", "target"])
+@pytest.mark.parametrize("value", NON_TENSORS)
+def test_something_else_than_a_tensor(value: str, place: str) -> None:
+    bad = NON_TENSORS[value]
+    arguments = (bad, Y) if place == "input" else (X, bad)
+    probabilities = (bad, Y) if place == "input" else (X.sigmoid(), bad)
+    native = raised_by(NATIVE, *arguments)
+    assert_raises_as_native(raised_by(F.binary_cross_entropy_with_logits, *arguments), native)
+    assert_raises_as_native(raised_by(bce_ext.BCEWithLogitsLoss(), *arguments), native)
+    native = raised_by(NATIVE_PROBABILITIES, *probabilities)
+    assert_raises_as_native(raised_by(F.binary_cross_entropy, *probabilities), native)
+    assert_raises_as_native(raised_by(bce_ext.BCELoss(), *probabilities), native)
+    # The operators of torch raise whatever their dispatcher does, and so do ours.
+    assert isinstance(raised_by(torch.ops.bce_ext.binary_cross_entropy_with_logits, *arguments), RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("value", ["list", "array", "string"])
+def test_weights_that_are_no_tensors(value: str, name: str) -> None:
+    weights = {name: NON_TENSORS[value]}
+    assert_raises_as_native(raised_by(F.binary_cross_entropy_with_logits, X, Y, **weights), raised_by(NATIVE, X, Y, **weights))
+    ours, native = raised_by(bce_ext.BCEWithLogitsLoss, **weights), raised_by(torch.nn.BCEWithLogitsLoss, **weights)
+    assert type(ours) is type(native) is TypeError
+    if name == "weight":
+        assert isinstance(raised_by(bce_ext.BCELoss, **weights), TypeError)
+
+
+@pytest.mark.parametrize("value", [1.0000001, -1e-30, 2.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("position", [0, 17, 8192, 20_010])  # in the first and a later vector, in the second chunk, in what is left over
+@pytest.mark.parametrize("loss_function", PROBABILITIES[:-1], ids=lambda f: f.__name__)
+def test_probabilities_out_of_range_raise_on_the_cpu(
+    loss_function: Callable[..., Tensor], position: int, value: float
+) -> None:
+    input, target = torch.full((20_011,), 0.5), torch.ones(20_011)
+    input[position] = value
+    native = raised_by(NATIVE_PROBABILITIES, input, target)
+    for requires_grad in (False, True):
+        for reduction in ("none", "mean"):
+            error = raised_by(loss_function, input.detach().requires_grad_(requires_grad), target, reduction=reduction)
+            assert type(error) is type(native) is RuntimeError
+            assert "all elements of input should be between 0 and 1" in str(error)
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    with pytest.raises(ValueError, match="must be the same"):
+        F.binary_cross_entropy_with_logits(X, Y[:, :3])
+    torch.testing.assert_close(F.binary_cross_entropy_with_logits(X, Y), NATIVE(X, Y))
+
+
+def test_unsupported_floating_dtypes_raise() -> None:
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        F.binary_cross_entropy_with_logits(X.to(torch.float8_e4m3fn), Y)

@@ -1,0 +1,251 @@
+"""Any memory layout gives the answer of the contiguous one, element for element, and a dense layout of the input is kept by loss and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import bce_ext.functional as F
+import reference
+from reference import BLOCK, CHUNK, REDUCTIONS, make_logits, make_targets, make_weights
+
+# (Each layout takes a contiguous tensor, and gives one of the same values that lies in memory in another way.)
+Layout = Callable[[Tensor], Tensor]
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def reversed_dims(tensor: Tensor) -> Tensor:
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def every_other_element(tensor: Tensor) -> Tensor:
+    storage = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), 99)
+    view = storage[..., 1::2]
+    view.copy_(tensor)
+    return view
+
+
+def cropped(tensor: Tensor) -> Tensor:
+    """A window in a larger tensor: rows are contiguous, with gaps between them, from an odd offset on."""
+    storage = tensor.new_full(tuple(size + 3 for size in tensor.shape), 99)
+    view = storage[tuple(slice(1, size + 1) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """Contiguous, one element behind the alignment of an allocation."""
+    storage = tensor.new_full((tensor.numel() + 1,), 99)
+    view = storage[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+LAYOUTS: tuple[Layout, ...] = (contiguous, transposed, reversed_dims, channels_last, every_other_element, cropped, offset)
+DENSE: tuple[Layout, ...] = (contiguous, transposed, reversed_dims, channels_last, offset)
+
+# Batch, channels, height, width: no size divides another, the rows are no multiple of a vector, and all of it is more than a block.
+IMAGES = (4, 3, 11, 37)
+
+
+def ids(layout: Layout) -> str:
+    return layout.__name__
+
+
+def evaluate(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, with_target: bool = False
+) -> tuple[Tensor, ...]:
+    input = input.detach().requires_grad_()
+    target = target.detach().requires_grad_(with_target)
+    loss = F.binary_cross_entropy_with_logits(input, target, weight=weight, pos_weight=pos_weight, reduction=reduction)
+    inputs = [input, target] if with_target else [input]
+    grad_output = make_weights(tuple(loss.shape), loss.dtype, str(loss.device), seed=9)
+    return (loss.detach(), *torch.autograd.grad(loss, inputs, grad_output))
+
+
+def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], reduction: str) -> None:
+    """Element for element the same bits; a sum is taken in the order of memory, so it may differ in the last place."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert torch.equal(a, e) if a.dim() else torch.allclose(a, e, rtol=2 * torch.finfo(a.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("target_layout", LAYOUTS, ids=ids)
+@pytest.mark.parametrize("input_layout", LAYOUTS, ids=ids)
+def test_layouts_of_input_and_target_need_not_agree(
+    input_layout: Layout, target_layout: Layout, reduction: str, device: str
+) -> None:
+    input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
+    weight, pos_weight = make_weights((3, 1, 1), torch.float32, device), make_weights(IMAGES, torch.float32, device, seed=3)
+    expected = evaluate(input, target, weight, pos_weight, reduction)
+    actual = evaluate(input_layout(input), target_layout(target), weight, pos_weight, reduction)
+    assert_same(actual, expected, reduction)
+    assert_same(
+        evaluate(input_layout(input), target_layout(target), weight, pos_weight, reduction, with_target=True),
+        evaluate(input, target, weight, pos_weight, reduction, with_target=True),
+        reduction,
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=ids)
+def test_layouts_of_full_weights(layout: Layout, reduction: str, device: str) -> None:
+    input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
+    weight, pos_weight = make_weights(IMAGES, torch.float32, device), make_weights(IMAGES, torch.float32, device, seed=3)
+    expected = evaluate(input, target, weight, pos_weight, reduction)
+    assert_same(evaluate(input, target, layout(weight), pos_weight, reduction), expected, reduction)
+    assert_same(evaluate(input, target, weight, layout(pos_weight), reduction), expected, reduction)
+    assert_same(evaluate(channels_last(input), target, layout(weight), layout(pos_weight), reduction), expected, reduction)
+
+
+@pytest.mark.parametrize("weight_shape", [(3, 1, 1), (37,), (11, 1), (4, 1, 1, 37), (1, 3, 1, 1), (4, 3, 11, 37)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=ids)
+def test_weights_broadcast_into_every_layout(layout: Layout, weight_shape: tuple[int, ...], device: str) -> None:
+    input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
+    weight, pos_weight = (make_weights(weight_shape, torch.float32, device, seed) for seed in (2, 3))
+    expected = evaluate(input, target, weight, pos_weight, "none", with_target=True)
+    assert_same(evaluate(layout(input), layout(target), weight, pos_weight, "none", with_target=True), expected, "none")
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("layout", DENSE, ids=ids)
+def test_dense_layouts_are_kept(layout: Layout, reduction: str, dtype: torch.dtype, device: str) -> None:
+    input, target = layout(make_logits(IMAGES, dtype, device)), layout(make_targets(IMAGES, dtype, device))
+    loss, grad_input, grad_target = evaluate(input, target, None, None, reduction, with_target=True)
+    assert grad_input.stride() == input.stride()
+    assert grad_target.stride() == input.stride()
+    if reduction == "none":
+        assert loss.stride() == input.stride()
+    (_, alone) = evaluate(input, target, None, None, reduction)
+    assert alone.stride() == input.stride()
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+@pytest.mark.parametrize("layout", [every_other_element, cropped], ids=ids)
+def test_outputs_of_an_input_with_gaps_have_none(layout: Layout, name: str, device: str) -> None:
+    input = layout(make_logits(IMAGES, torch.float32, device).sigmoid()).requires_grad_()
+    loss = getattr(F, name)(input, torch.zeros_like(input), reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), input)
+    assert loss.is_contiguous()
+    assert gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("expanded", ["input", "target", "weight", "pos_weight", "all"])
+@pytest.mark.parametrize("shape", [(1, 37), (11, 1), (1, 1)], ids=str)
+def test_expanded_tensors_are_read_with_stride_zero(
+    shape: tuple[int, int], expanded: str, reduction: str, device: str
+) -> None:
+    full = (11, 37)
+    makers = {
+        "input": make_logits,
+        "target": make_targets,
+        "weight": make_weights,
+        "pos_weight": make_weights,
+    }
+    tensors = {
+        name: make(shape, torch.float32, device).expand(full)
+        if expanded in (name, "all")
+        else make(full, torch.float32, device)
+        for name, make in makers.items()
+    }
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert_same(evaluate(**tensors, reduction=reduction), evaluate(**dense, reduction=reduction), reduction)
+
+
+def test_the_gradient_of_an_expanded_leaf_is_summed(device: str) -> None:
+    leaf = make_logits((1, 37), torch.float64, device).requires_grad_()
+    F.binary_cross_entropy_with_logits(leaf.expand(11, 37), torch.ones(11, 37, device=device), reduction="sum").backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, 11 * (torch.sigmoid(leaf.detach()) - 1))
+
+
+# The first dimension is 1, the last, all, or one in the middle: such a dimension has a stride that means nothing.
+@pytest.mark.parametrize("shape", [(1, 37), (37, 1), (1, 1, 1), (5, 1, 37), (1, 5, 1, 37, 1)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_dimensions_of_size_one(shape: tuple[int, ...], reduction: str, device: str) -> None:
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
+    weight = make_weights((*shape[:-1], 1), torch.float32, device)
+    expected = evaluate(input, target, weight, None, reduction)
+    odd_strides = [7919 if size == 1 else stride for size, stride in zip(shape, input.stride(), strict=True)]
+    assert_same(evaluate(input.as_strided(shape, odd_strides), target, weight, None, reduction), expected, reduction)
+    assert_same(evaluate(input, target.as_strided(shape, odd_strides), weight, None, reduction), expected, reduction)
+
+
+# 8 dimensions is what a kernel can walk; with the dimensions of the target reversed none of them can be joined.
+@pytest.mark.parametrize("dims", [7, 8, 9, 12])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_more_dimensions_than_a_kernel_walks(dims: int, reduction: str, device: str) -> None:
+    shape = (2,) * dims
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
+    weight = make_weights(tuple(1 + d % 2 for d in range(dims)), torch.float32, device)  # every other dimension broadcasts
+    expected = reference.reduced(reference.with_logits(input, target, weight), reduction)
+    grad_output = make_weights(shape if reduction == "none" else (), torch.float32, device, seed=9)
+    expected = reference.reduced(reference.with_logits(input, target, weight), reduction, grad_output)
+    for x, y in ((input, reversed_dims(target)), (reversed_dims(input), target), (every_other_element(input), reversed_dims(target))):
+        loss, gradient = evaluate(x, y, weight, None, reduction)
+        reference.assert_rounded_once(loss, expected.loss, expected.loss_scale, torch.float32, what="loss")
+        reference.assert_rounded_once(gradient, expected.grad_input, expected.grad_input_scale, torch.float32, what="gradient")
+
+
+# Pointers from 1 to 7 elements behind an alignment of 16 or 64 bytes, of each tensor by itself.
+@pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
+@pytest.mark.parametrize("numel", [37, BLOCK + 37, CHUNK + 37])
+def test_misaligned_pointers(numel: int, dtype: torch.dtype, device: str) -> None:
+    tensors = {
+        "input": make_logits((numel,), dtype, device),
+        "target": make_targets((numel,), dtype, device),
+        "weight": make_weights((numel,), dtype, device),
+        "pos_weight": make_weights((numel,), dtype, device, seed=3),
+    }
+    for reduction in REDUCTIONS:
+        expected = evaluate(**tensors, reduction=reduction)
+        for name, tensor in tensors.items():
+            for shift in (1, 2, 3, 7):
+                storage = tensor.new_empty(numel + shift)
+                storage[shift:] = tensor
+                actual = evaluate(**{**tensors, name: storage[shift:]}, reduction=reduction)
+                assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_rows_of_a_strided_target_across_chunks(reduction: str, device: str) -> None:
+    # Rows of 1031, a prime, so that chunks and blocks begin in the middle of rows; 3 chunks.
+    shape = (3 * CHUNK // 1031 + 1, 1031)
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
+    expected = evaluate(input, target, None, None, reduction)
+    assert_same(evaluate(input, transposed(target), None, None, reduction), expected, reduction)
+    assert_same(evaluate(transposed(input), target, None, None, reduction), expected, reduction)
+    assert_same(evaluate(cropped(input), every_other_element(target), None, None, reduction), expected, reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_negated_views(reduction: str, device: str) -> None:
+    # The imaginary part of a conjugate is a view with the negative bit: its memory holds the opposite sign.
+    values = make_logits((37,), torch.float32, device)
+    input = torch.complex(values, -values).conj().imag
+    target = torch.complex(values, -make_targets((37,), torch.float32, device)).conj().imag
+    assert input.is_neg()
+    assert target.is_neg()
+    assert_same(
+        evaluate(input, target, None, None, reduction),
+        evaluate(input.resolve_neg(), target.resolve_neg(), None, None, reduction),
+        reduction,
+    )

@@ -1,0 +1,121 @@
+"""`torch.library.opcheck` on every operator, public and internal, with gradients and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference import make_logits, make_probabilities, make_targets, make_weights
+
+OPS = torch.ops.bce_ext
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def tensors(
+    case: str, device: str, with_logits: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """input, target, weight, pos_weight; which of them require a gradient is the case."""
+    shape = (3, 5)
+    input = (make_logits if with_logits else make_probabilities)(shape, dtype, device)
+    target = make_targets(shape, torch.bool if case == "bool_target" else dtype, device)
+    weight = make_weights((5,), dtype, device) if case in ("weights", "weights_require_grad") else None
+    pos_weight = make_weights((3, 1), dtype, device) if weight is not None and with_logits else None
+    if case == "transposed":
+        input = input.t().contiguous().t()
+    if case != "no_grad":
+        input.requires_grad_()
+    if case == "target_requires_grad":
+        target.requires_grad_()
+    if case == "weights_require_grad" and weight is not None:
+        weight.requires_grad_()
+    return input, target, weight, pos_weight
+
+
+CASES = ["no_grad", "grad", "target_requires_grad", "bool_target", "weights", "weights_require_grad", "transposed"]
+
+
+def opcheck(op: Any, *args: Any, **kwargs: Any) -> None:
+    assert set(torch.library.opcheck(op, args, kwargs).values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked_here() -> None:
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("bce_ext::")}
+    assert names == {
+        "binary_cross_entropy_with_logits",
+        "binary_cross_entropy",
+        "_bce",
+        "_bce_loss",
+        "_bce_loss_and_grad",
+        "_bce_backward",
+        "_scale_grad_",
+    }
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_with_logits(case: str, reduction: int, device: str) -> None:
+    opcheck(OPS.binary_cross_entropy_with_logits.default, *tensors(case, device, with_logits=True), reduction)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_probabilities(case: str, reduction: int, device: str) -> None:
+    opcheck(OPS.binary_cross_entropy.default, *tensors(case, device, with_logits=False)[:3], reduction)
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+def test_defaults(name: str, device: str) -> None:
+    input, target, _, _ = tensors("grad", device, with_logits=name.endswith("logits"))
+    opcheck(getattr(OPS, name).default, input, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_other_dtypes(reduction: int, dtype: torch.dtype, device: str) -> None:
+    opcheck(OPS.binary_cross_entropy_with_logits.default, *tensors("weights", device, True, dtype), reduction)
+
+
+@pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_bce(case: str, reduction: int, with_logits: bool, device: str) -> None:
+    # With another dtype than that of the input, as autocast calls it.
+    arguments = tensors(case, device, with_logits, torch.bfloat16)
+    opcheck(OPS._bce.default, *arguments, with_logits, reduction, torch.float32)
+
+
+@pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("reduce", [False, True], ids=["none", "sum"])
+@pytest.mark.parametrize("case", CASES)
+def test_bce_loss(case: str, reduce: bool, with_logits: bool, device: str) -> None:
+    opcheck(OPS._bce_loss.default, *tensors(case, device, with_logits), with_logits, reduce, 7 if reduce else 1, torch.float32)
+
+
+@pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("case", CASES)
+def test_bce_loss_and_grad(case: str, with_logits: bool, device: str) -> None:
+    opcheck(OPS._bce_loss_and_grad.default, *tensors(case, device, with_logits), with_logits, 7, torch.float32)
+
+
+@pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("output_mask", [[True, True], [True, False], [False, True]], ids=str)
+@pytest.mark.parametrize("grad_output_shape", [(), (3, 5)], ids=["reduced", "elementwise"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "target_requires_grad", "weights"])
+def test_bce_backward(
+    case: str, grad_output_shape: tuple[int, ...], output_mask: list[bool], with_logits: bool, device: str
+) -> None:
+    grad_output = make_weights(grad_output_shape, torch.float32, device).requires_grad_(case != "no_grad")
+    opcheck(OPS._bce_backward.default, grad_output, *tensors(case, device, with_logits), with_logits, 7, output_mask)
+
+
+@pytest.mark.parametrize("grad_output", [1.0, 0.37])
+def test_scale_grad(grad_output: float, device: str) -> None:
+    gradient = make_logits((3, 5), torch.float32, device)
+    expected = gradient * torch.tensor(grad_output, device=device)
+    opcheck(OPS._scale_grad_.default, gradient.clone(), torch.tensor(grad_output, device=device))
+    OPS._scale_grad_(gradient, torch.tensor(grad_output, device=device))
+    assert torch.equal(gradient, expected)

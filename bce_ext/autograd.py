@@ -28,7 +28,7 @@ class BCEWithLogitsFunction(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(  # type: ignore[override]
+    def apply(
         cls,
         input: Tensor,
         target: Tensor,
@@ -37,7 +37,8 @@ class BCEWithLogitsFunction(torch.autograd.Function):
         reduction: int = MEAN,
     ) -> Tensor:
         weights_require_grad = any(w is not None and w.requires_grad for w in (weight, pos_weight))
-        if weights_require_grad or torch._C._are_functorch_transforms_active():
+        in_transform = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        if weights_require_grad or in_transform:
             # The operator has a derivative for these; a Function with a context of its own has not.
             return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)  # type: ignore[no-any-return]
         return super().apply(input, target, weight, pos_weight, reduction)  # type: ignore[no-any-return, no-untyped-call]
@@ -60,13 +61,20 @@ class BCEWithLogitsFunction(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, pos_weight = ctx.saved_tensors
         if ctx.gradient is not None and not torch.is_grad_enabled():
             return (ctx.gradient * grad_output).to(ctx.gradient.dtype), None, None, None, None
         needs_input, needs_target = ctx.needs_input_grad[:2]
         grad_input, grad_target = torch.ops.bce_ext._bce_backward(
-            grad_output, input, target, weight, pos_weight, True, _divisor(input, ctx.reduction), [needs_input, needs_target]
+            grad_output,
+            input,
+            target,
+            weight,
+            pos_weight,
+            True,
+            _divisor(input, ctx.reduction),
+            [needs_input, needs_target],
         )
         return grad_input if needs_input else None, grad_target if needs_target else None, None, None, None
 

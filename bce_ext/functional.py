@@ -68,9 +68,9 @@ def binary_cross_entropy_with_logits(
         reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _Reduction.get_enum(reduction)
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if has_torch_function_variadic(input, target, weight, pos_weight):
-            return handle_torch_function(  # type: ignore[no-any-return]
+            return handle_torch_function(
                 binary_cross_entropy_with_logits,
                 (input, target, weight, pos_weight),
                 input,
@@ -139,9 +139,9 @@ def binary_cross_entropy(
         reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _Reduction.get_enum(reduction)
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if has_torch_function_variadic(input, target, weight):
-            return handle_torch_function(  # type: ignore[no-any-return]
+            return handle_torch_function(
                 binary_cross_entropy,
                 (input, target, weight),
                 input,

@@ -59,7 +59,8 @@ def plot_memory(directory: Path, rows: Sequence[Row]) -> None:
         heights = [group[name] for group in groups.values()]
         bars = ax.bar([x + i * 0.25 for x in range(len(groups))], heights, 0.23, color=colour, label=text)
         ax.bar_label(bars, fmt="%.2g", fontsize=8)
-    ax.set_xticks([x + 0.125 * (len(names) - 1) for x in range(len(groups))], list(groups))
+    labels = [name.replace(", ", "\n") for name in groups]
+    ax.set_xticks([x + 0.125 * (len(names) - 1) for x in range(len(groups))], labels)
     ax.set_ylabel("peak memory / logits")
     ax.legend(fontsize=8)
     _save(figure, directory / "memory.svg")

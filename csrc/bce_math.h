@@ -1,7 +1,9 @@
-// The formulas of binary cross entropy and its gradients, for one element: host and device, no ATen, no call into a math library.
+// The formulas of binary cross entropy and its gradients, for one element: host and device, no ATen, no call into a
+// math library.
 //
-// Everything here is branch-free and inlined, so that a loop over it vectorises for any instruction set, and Terms that the caller does not
-// use cost nothing. Polynomials are minimax fits of the relative error with the leading coefficient fixed at 1, so that the tails are exact.
+// Everything here is branch-free and inlined, so that a loop over it vectorises for any instruction set, and Terms that
+// the caller does not use cost nothing. Polynomials are minimax fits of the relative error, with the first coefficient
+// fixed so that the tails are exact.
 #pragma once
 
 #include <cstdint>
@@ -94,14 +96,14 @@ BCE_EXT_HOST_DEVICE constexpr T power_of_two(int exponent) {
   return result;
 }
 
-// condition ? a : b, in a form that compilers do not turn into branches: GCC would thread them through the code that follows, and vectorise
-// what that leaves into twice as many instructions.
+// condition ? a : b, in a form that compilers do not turn into branches: GCC would thread them through the code that
+// follows, and vectorise what that leaves into twice as many instructions.
 template <typename T>
 BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) {
 #if defined(__CUDA_ARCH__)
   return condition ? a : b;
 #else
-  const Bits<T> mask = Bits<T>(0) - static_cast<Bits<T>>(condition);
+  const Bits<T> mask = Bits<T>(0) - static_cast<Bits<T> >(condition);
   return from_bits<T>((to_bits(a) & mask) | (to_bits(b) & ~mask));
 #endif
 }
@@ -135,39 +137,54 @@ BCE_EXT_HOST_DEVICE T polynomial(T x, Coefficients... coefficients) {
 
 // unit * expm1(r) / r for |r| <= ln(2)/2: relative error of exp(r) 2^-28 (float), 2^-56 (double).
 BCE_EXT_HOST_DEVICE float expm1_quotient(float r, float unit) {
-  return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f, unit * 0.00138294569f);
+  return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f,
+                    unit * 0.00138294569f);
 }
 
 BCE_EXT_HOST_DEVICE double expm1_quotient(double r, double unit) {
-  return polynomial(r, unit, unit * 0.5000000000000011, unit * 0.1666666666666641, unit * 0.041666666666529725, unit * 0.00833333333349498, unit * 0.0013888888943760233, unit * 0.00019841269505770564, unit * 2.480149294936181e-05, unit * 2.7557586805904078e-06, unit * 2.763030634462171e-07, unit * 2.500001837640453e-08);
+  return polynomial(r, unit, unit * 0.5000000000000011, unit * 0.1666666666666641, unit * 0.041666666666529725,
+                    unit * 0.00833333333349498, unit * 0.0013888888943760233, unit * 0.00019841269505770564,
+                    unit * 2.480149294936181e-05, unit * 2.7557586805904078e-06, unit * 2.763030634462171e-07,
+                    unit * 2.500001837640453e-08);
 }
 
 // (log1p(e) - e) / e^2 for e in [0, 1]: relative error of log1p(e) 2^-27 (float), 2^-55 (double).
 BCE_EXT_HOST_DEVICE float log1p_rest(float e) {
-  return polynomial(e, -0.499999315f, 0.333304644f, -0.24958019f, 0.196921021f, -0.153448805f, 0.106611282f, -0.057457231f, 0.0200862419f, -0.00329046859f);
+  return polynomial(e, -0.499999315f, 0.333304644f, -0.24958019f, 0.196921021f, -0.153448805f, 0.106611282f,
+                    -0.057457231f, 0.0200862419f, -0.00329046859f);
 }
 
 BCE_EXT_HOST_DEVICE double log1p_rest(double e) {
-  return polynomial(e, -0.4999999999999946, 0.33333333333235043, -0.24999999993676444, 0.1999999979131836, -0.16666662498409648, 0.1428565889596427, -0.12499479601292564, 0.11107505922994218, -0.09981014591829193, 0.09013152574692633, -0.08081208985701993, 0.07035538011545206, -0.057501968405873474, 0.04230007670450599, -0.026743936391728538, 0.013838573305882281, -0.005543100774996444, 0.0015957382684543746, -0.00029176061554624387, 2.5329880843114147e-05);
+  return polynomial(e, -0.4999999999999946, 0.33333333333235043, -0.24999999993676444, 0.1999999979131836,
+                    -0.16666662498409648, 0.1428565889596427, -0.12499479601292564, 0.11107505922994218,
+                    -0.09981014591829193, 0.09013152574692633, -0.08081208985701993, 0.07035538011545206,
+                    -0.057501968405873474, 0.04230007670450599, -0.026743936391728538, 0.013838573305882281,
+                    -0.005543100774996444, 0.0015957382684543746, -0.00029176061554624387, 2.5329880843114147e-05);
 }
 
 // (log1p(f) - f) / f^2 for 1 + f in [sqrt(1/2), sqrt(2)]: relative error of log1p(f) 2^-26 (float), 2^-56 (double).
 BCE_EXT_HOST_DEVICE float centred_log1p_rest(float f) {
-  return polynomial(f, -0.5f, 0.333333313f, -0.250008196f, 0.20001258f, -0.166234419f, 0.142010748f, -0.131585345f, 0.127657726f, -0.0764338672f);
+  return polynomial(f, -0.5f, 0.333333313f, -0.250008196f, 0.20001258f, -0.166234419f, 0.142010748f, -0.131585345f,
+                    0.127657726f, -0.0764338672f);
 }
 
 BCE_EXT_HOST_DEVICE double centred_log1p_rest(double f) {
-  return polynomial(f, -0.5, 0.3333333333333314, -0.24999999999987976, 0.20000000000066606, -0.16666666669825844, 0.14285714280093778, -0.12499999691446902, 0.11111111147432927, -0.10000015206070528, 0.09090923932809215, -0.08332913545452823, 0.07691529803826647, -0.07149439441502926, 0.06684589257883691, -0.061966790588658054, 0.05668377027761832, -0.056777807194395076, 0.0650349110863701, -0.059817120572803945, 0.02615101329728167);
+  return polynomial(f, -0.5, 0.3333333333333314, -0.24999999999987976, 0.20000000000066606, -0.16666666669825844,
+                    0.14285714280093778, -0.12499999691446902, 0.11111111147432927, -0.10000015206070528,
+                    0.09090923932809215, -0.08332913545452823, 0.07691529803826647, -0.07149439441502926,
+                    0.06684589257883691, -0.061966790588658054, 0.05668377027761832, -0.056777807194395076,
+                    0.0650349110863701, -0.059817120572803945, 0.02615101329728167);
 }
 
 // exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN.
 template <typename T>
 BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   using Format = FloatFormat<T>;
-  // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back, so that a subnormal result
-  // is rounded once, by the last multiplication.
+  // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back,
+  // so that a subnormal result is rounded once, by the last multiplication.
   constexpr int kLift = 64;
-  // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a power of two.
+  // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
+  // power of two.
   constexpr T kRound = T(1.5) * power_of_two<T>(Format::kMantissaBits) + T(Format::kExponentBias + kLift);
   const T bounded = select(a > Format::kExpCutoff, Format::kExpCutoff, a);
   const T rounded = kRound - bounded * Format::kLog2E;
@@ -184,7 +201,7 @@ BCE_EXT_HOST_DEVICE T log1p_of_unit(T e) {
   return (e * e) * log1p_rest(e) + e;
 }
 
-// The logarithm of u = 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
+// u = 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
 template <typename T>
 struct Split {
   T n;
@@ -201,6 +218,7 @@ BCE_EXT_HOST_DEVICE Split<T> split(T u) {
           from_bits<T>((2 * kBias - biased) << Format::kMantissaBits)};
 }
 
+// log(2^n * (1 + f)).
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
   using Format = FloatFormat<T>;
@@ -242,8 +260,10 @@ BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 
 // A formula offers
 //   evaluate(x, y, w, p)                           the loss and its gradients
-//   evaluate(x, y, w, p, scale, first_stage(x))    the same with the gradients multiplied by `scale`, in two stages, because on a CPU
-//                                                  a loop over each is faster than one loop over both: it overlaps more elements
+//   evaluate(x, y, w, p, scale, first_stage(x))    the same with the gradients multiplied by `scale`, in two stages,
+//   because on a CPU
+//                                                  a loop over each is faster than one loop over both: it overlaps more
+//                                                  elements
 // where p may be One.
 
 // Binary cross entropy of a logit x against a target y, with weight w and pos_weight p:
@@ -251,7 +271,8 @@ BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 //   dloss/dx   = w * [(1-y) * sigmoid(x)  - p*y * sigmoid(-x)]
 //   dloss/dy   = w * [p * softplus(-x) - softplus(x)]
 // written with the larger of the two sigmoids, so that for a hard label nothing cancels:
-//   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e), sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), e = exp(-|x|).
+//   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e), sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), e =
+//   exp(-|x|).
 struct WithLogits {
   template <typename T>
   static BCE_EXT_HOST_DEVICE T first_stage(T x) {
@@ -276,7 +297,8 @@ struct WithLogits {
     }
     const T against = math::select(below, positive, negative);  // the class that the logit speaks against
     const T along = math::select(below, negative, positive);
-    const T linear = math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
+    const T linear =
+        math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
     const T slope = math::divide(math::select(below, -scale, scale), T(1) + e);
 
     Terms<T> terms;
@@ -296,8 +318,9 @@ struct WithLogits {
   }
 };
 
-// Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it: logarithms in the loss
-// are at least -100, the denominator of the gradient is at least 1e-12, the derivative with respect to the target is not clamped.
+// Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
+// logarithms in the loss are at least -100, the denominator of the gradient is at least 1e-12, the derivative with
+// respect to the target is not clamped.
 //   loss       = -w * [y * max(log(q), -100) + (1-y) * max(log(1-q), -100)]
 //   dloss/dq   = w * (q - y) / max(q * (1-q), 1e-12)
 //   dloss/dy   = w * [log(1-q) - log(q)]

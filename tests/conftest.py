@@ -28,7 +28,9 @@ WHY_NO_CUDA = why_no_cuda()
 @pytest.fixture(
     params=[
         "cpu",
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(WHY_NO_CUDA is not None, reason=str(WHY_NO_CUDA))]),
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(WHY_NO_CUDA is not None, reason=str(WHY_NO_CUDA))]
+        ),
     ]
 )
 def device(request: pytest.FixtureRequest) -> str:

@@ -34,7 +34,9 @@ def make_input(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: s
 
 @every_reduction
 @every_loss
-@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float64], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
 def test_dtype_and_value_of_the_float32_path(
     loss: Loss, dtype: torch.dtype, target_dtype: torch.dtype, reduction: str, device: str
@@ -72,7 +74,10 @@ def test_nothing_is_cast(loss: Loss, requires_grad: bool, device: str) -> None:
     rows, classes = 512, 512
     input = make_input(loss, (rows, classes), torch.bfloat16, device).requires_grad_(requires_grad)
     target = reference.make_targets((rows, classes), torch.bool, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.autocast(device, torch.bfloat16):
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.autocast(device, torch.bfloat16),
+    ):
         loss(input, target)
     names = {event.key for event in profiler.key_averages()}
     assert not names & {"aten::to", "aten::_to_copy", "aten::copy_"}, names
@@ -122,5 +127,7 @@ def test_second_derivative_under_autocast(loss: Loss, device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         (first,) = torch.autograd.grad(loss(input, target), input, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), input)
-    (expected,) = torch.autograd.grad(torch.autograd.grad(loss(input, target), input, create_graph=True)[0].sum(), input)
+    (expected,) = torch.autograd.grad(
+        torch.autograd.grad(loss(input, target), input, create_graph=True)[0].sum(), input
+    )
     torch.testing.assert_close(second, expected)

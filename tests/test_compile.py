@@ -17,7 +17,15 @@ from torch.testing._internal.optests import opcheck
 
 import bce_ext
 import reference
-from callables import Loss, functional, module, operator, probabilities_functional, probabilities_module, probabilities_operator
+from callables import (
+    Loss,
+    functional,
+    module,
+    operator,
+    probabilities_functional,
+    probabilities_module,
+    probabilities_operator,
+)
 
 LOSSES = (module, functional, operator, probabilities_module, probabilities_functional, probabilities_operator)
 
@@ -34,7 +42,9 @@ def _from_the_start() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make_batch(loss: Loss, rows: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def make_batch(
+    loss: Loss, rows: int, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     shape = (rows, 6)
     weights = {"weight": reference.make_weights((rows, 1), dtype, device)}
     if loss in LOSSES[:3]:
@@ -59,7 +69,10 @@ def test_fullgraph_gives_the_same_bits(loss: Loss, dynamic: bool, reduction: str
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     input, target, weights = make_batch(loss, 5, device)
     torch.testing.assert_close(
-        compiled(input, target, **weights, reduction=reduction), loss(input, target, **weights, reduction=reduction), rtol=0, atol=0
+        compiled(input, target, **weights, reduction=reduction),
+        loss(input, target, **weights, reduction=reduction),
+        rtol=0,
+        atol=0,
     )
     torch.testing.assert_close(
         gradient(compiled, input, target, **weights, reduction=reduction),

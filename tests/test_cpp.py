@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -28,10 +29,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("cpp") / "example"
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    link = [f"-L{TORCH_LIBRARIES}", f"-Wl,-rpath,{TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    link = [
+        f"-L{TORCH_LIBRARIES}",
+        f"-Wl,-rpath,{TORCH_LIBRARIES}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
     if torch.version.cuda is not None:
         link += ["-ltorch_cuda", "-lc10_cuda"]
-    run("g++", "-std=c++20", "-O0", abi, *includes, ROOT / "examples" / "cpp" / "main.cpp", "-o", target, *link)
+    run("g++", "-std=c++17", "-O0", abi, *includes, ROOT / "examples" / "cpp" / "main.cpp", "-o", target, *link)
     return target
 
 
@@ -43,7 +52,7 @@ def test_no_python_is_loaded(program: Path) -> None:
     for file in (program, LIBRARY):
         libraries = run("ldd", file)
         assert "libtorch_cpu" in libraries
-        assert "python" not in libraries
+        assert not re.search(r"libpython|libtorch_python", libraries), libraries
 
 
 def test_a_missing_library_is_named(program: Path) -> None:

@@ -58,7 +58,10 @@ BAD_TENSORS: dict[str, tuple[Arguments, str]] = {
     "empty weight": ((X, Y, {"weight": torch.ones(0)}), "expected weight to broadcast"),
     "pos_weight of another size": ((X, Y, {"pos_weight": torch.ones(5)}), "expected pos_weight to broadcast"),
     "pos_weight of the wrong dimension": ((X, Y, {"pos_weight": torch.ones(3)}), "expected pos_weight to broadcast"),
-    "pos_weight larger than the input": ((X, Y, {"pos_weight": torch.ones(2, 3, 4)}), "expected pos_weight to broadcast"),
+    "pos_weight larger than the input": (
+        (X, Y, {"pos_weight": torch.ones(2, 3, 4)}),
+        "expected pos_weight to broadcast",
+    ),
     "empty pos_weight": ((X, Y, {"pos_weight": torch.ones(0)}), "expected pos_weight to broadcast"),
     "int64 logits": ((X.long(), Y, {}), "expected input of a real floating dtype"),
     "uint8 logits": ((X.byte(), Y, {}), "expected input of a real floating dtype"),
@@ -70,7 +73,10 @@ BAD_TENSORS: dict[str, tuple[Arguments, str]] = {
     "target on another device": ((X, Y.to("meta"), {}), "expected target on the device of input"),
     "input on another device": ((X.to("meta"), Y, {}), "expected target on the device of input"),
     "weight on another device": ((X, Y, {"weight": Y.to("meta")}), "expected weight on the device of input"),
-    "pos_weight on another device": ((X, Y, {"pos_weight": Y.to("meta")}), "expected pos_weight on the device of input"),
+    "pos_weight on another device": (
+        (X, Y, {"pos_weight": Y.to("meta")}),
+        "expected pos_weight on the device of input",
+    ),
     "sparse logits": ((X.to_sparse(), Y, {}), "expected a strided input"),
     "sparse target": ((X, Y.to_sparse(), {}), "expected a strided target"),
 }
@@ -101,7 +107,9 @@ def test_bad_tensors(case: str, loss_function: Callable[..., Tensor], requires_g
 
 
 @pytest.mark.parametrize("loss_function", PROBABILITIES[:-1], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", [case for case, ((_, _, weights), _) in BAD_TENSORS.items() if "pos_weight" not in weights])
+@pytest.mark.parametrize(
+    "case", [case for case, ((_, _, weights), _) in BAD_TENSORS.items() if "pos_weight" not in weights]
+)
 def test_bad_tensors_of_probabilities(case: str, loss_function: Callable[..., Tensor], device: str) -> None:
     (input, target, weights), text = BAD_TENSORS[case]
     if input.is_sparse or target.is_sparse:
@@ -150,7 +158,13 @@ def test_unknown_reduction_number(reduction: int) -> None:
         bce_ext.BCEWithLogitsFunction.apply(X, Y, None, None, reduction)
 
 
-NON_TENSORS = {"list": [[1.0, 2.0]], "None": None, "array": np.ones((3, 4), dtype=np.float32), "number": 1.0, "string": "a"}
+NON_TENSORS = {
+    "list": [[1.0, 2.0]],
+    "None": None,
+    "array": np.ones((3, 4), dtype=np.float32),
+    "number": 1.0,
+    "string": "a",
+}
 
 
 @pytest.mark.parametrize("place", ["input", "target"])
@@ -173,7 +187,9 @@ def test_something_else_than_a_tensor(value: str, place: str) -> None:
 @pytest.mark.parametrize("value", ["list", "array", "string"])
 def test_weights_that_are_no_tensors(value: str, name: str) -> None:
     weights = {name: NON_TENSORS[value]}
-    assert_raises_as_native(raised_by(F.binary_cross_entropy_with_logits, X, Y, **weights), raised_by(NATIVE, X, Y, **weights))
+    assert_raises_as_native(
+        raised_by(F.binary_cross_entropy_with_logits, X, Y, **weights), raised_by(NATIVE, X, Y, **weights)
+    )
     ours, native = raised_by(bce_ext.BCEWithLogitsLoss, **weights), raised_by(torch.nn.BCEWithLogitsLoss, **weights)
     assert type(ours) is type(native) is TypeError
     if name == "weight":
@@ -181,7 +197,9 @@ def test_weights_that_are_no_tensors(value: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1.0000001, -1e-30, 2.0, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("position", [0, 17, 8192, 20_010])  # in the first and a later vector, in the second chunk, in what is left over
+@pytest.mark.parametrize(
+    "position", [0, 17, 8192, 20_010]
+)  # in the first and a later vector, in the second chunk, in what is left over
 @pytest.mark.parametrize("loss_function", PROBABILITIES[:-1], ids=lambda f: f.__name__)
 def test_probabilities_out_of_range_raise_on_the_cpu(
     loss_function: Callable[..., Tensor], position: int, value: float

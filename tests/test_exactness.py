@@ -24,11 +24,32 @@ POS_WEIGHT = 3.0
 def edge_logits(dtype: torch.dtype) -> Tensor:
     """The sweep: where exp, log1p or their formulas overflow, underflow, or lose their last bits, and 2000 numbers around each such place."""
     info = torch.finfo(dtype)
-    places = [0.0, info.tiny * info.eps, info.tiny, info.eps, 2**-12, 0.5, 1.0, 17.0, 20.0, 50.0, 88.0, 88.72, 100.0, 104.0, 110.0, 1e4]
+    places = [
+        0.0,
+        info.tiny * info.eps,
+        info.tiny,
+        info.eps,
+        2**-12,
+        0.5,
+        1.0,
+        17.0,
+        20.0,
+        50.0,
+        88.0,
+        88.72,
+        100.0,
+        104.0,
+        110.0,
+        1e4,
+    ]
     places += [709.0, 745.0, 750.0] + [info.max, float("inf")] if dtype == torch.float64 else [info.max, float("inf")]
     places = [place for place in places if place <= info.max or place == float("inf")]
-    around = torch.tensor(places, dtype=torch.float64)[:, None] * (1 + torch.linspace(-0.02, 0.02, 2001, dtype=torch.float64))
-    magnitudes = torch.cat([torch.tensor(places, dtype=torch.float64), around.flatten(), torch.logspace(-40, 3, 2000, dtype=torch.float64)])
+    around = torch.tensor(places, dtype=torch.float64)[:, None] * (
+        1 + torch.linspace(-0.02, 0.02, 2001, dtype=torch.float64)
+    )
+    magnitudes = torch.cat(
+        [torch.tensor(places, dtype=torch.float64), around.flatten(), torch.logspace(-40, 3, 2000, dtype=torch.float64)]
+    )
     magnitudes = magnitudes.to(dtype)
     return torch.cat([magnitudes, -magnitudes, torch.tensor([float("nan")], dtype=dtype)])
 
@@ -40,7 +61,9 @@ def all_logits(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
 
 
-def loss_and_gradients(input: Tensor, target: Tensor, with_target: bool = False, **arguments: object) -> tuple[Tensor, ...]:
+def loss_and_gradients(
+    input: Tensor, target: Tensor, with_target: bool = False, **arguments: object
+) -> tuple[Tensor, ...]:
     input = input.detach().requires_grad_()
     target = target.detach().requires_grad_(with_target)
     loss = F.binary_cross_entropy_with_logits(input, target, reduction="none", **arguments)
@@ -92,15 +115,23 @@ def test_float64_is_exact_against_long_double(label: float, device: str) -> None
         same = (actual == rounded) | (actual.isnan() & rounded.isnan())
         error = torch.where(same, 0.0, error.nan_to_num(nan=float("inf")))
         worst = int(error.argmax())
-        assert error[worst] <= MAX_ULP[torch.float64], f"{what} at {input[worst].item()!r} is off by {error[worst].item():.2f} ULP"
+        assert error[worst] <= MAX_ULP[torch.float64], (
+            f"{what} at {input[worst].item()!r} is off by {error[worst].item():.2f} ULP"
+        )
 
 
 # What the formulas of torch.nn.functional make of these: 0, NaN, or a number that is off by 99 %.
 NATIVE_FAILURES = [
-    pytest.param(torch.float32, -20.0, 0.0, "loss", 2.0611536181902037e-09, id="loss of a confident negative: native 0"),
+    pytest.param(
+        torch.float32, -20.0, 0.0, "loss", 2.0611536181902037e-09, id="loss of a confident negative: native 0"
+    ),
     pytest.param(torch.float32, 20.0, 1.0, "loss", 2.0611536181902037e-09, id="loss of a confident positive: native 0"),
-    pytest.param(torch.float32, 20.0, 1.0, "gradient", -2.0611536181902037e-09, id="gradient of a confident positive: native 0"),
-    pytest.param(torch.float32, 100.0, 1.0, "gradient", -3.720075976020836e-44, id="gradient in the subnormal numbers: native 0"),
+    pytest.param(
+        torch.float32, 20.0, 1.0, "gradient", -2.0611536181902037e-09, id="gradient of a confident positive: native 0"
+    ),
+    pytest.param(
+        torch.float32, 100.0, 1.0, "gradient", -3.720075976020836e-44, id="gradient in the subnormal numbers: native 0"
+    ),
     pytest.param(torch.float32, float("-inf"), 1.0, "loss", float("inf"), id="minus infinity, positive: native NaN"),
     pytest.param(torch.float32, float("inf"), 1.0, "loss", 0.0, id="infinity, positive: native NaN"),
     pytest.param(torch.float32, float("inf"), 0.0, "loss", float("inf"), id="infinity, negative"),
@@ -138,7 +169,9 @@ def test_an_infinite_term_without_weight_has_no_say(dtype: torch.dtype, reductio
     inf = float("inf")
     input = torch.tensor([inf, -inf, inf, -inf], dtype=dtype, device=device, requires_grad=True)
     target = torch.tensor([1, 0, 0, 1], dtype=dtype, device=device, requires_grad=True)
-    weight = torch.tensor([1, 1, 0, 0], dtype=dtype, device=device)  # the two whose loss would be infinite are masked out
+    weight = torch.tensor(
+        [1, 1, 0, 0], dtype=dtype, device=device
+    )  # the two whose loss would be infinite are masked out
     loss = F.binary_cross_entropy_with_logits(input, target, weight=weight, reduction=reduction)
     assert (loss == 0).all()
     (gradient,) = torch.autograd.grad(loss.sum(), input)
@@ -164,16 +197,22 @@ def test_nan_comes_through(place: str, dtype: torch.dtype, reduction: str, devic
 
 @pytest.mark.parametrize("pos_weight", [None, POS_WEIGHT], ids=lambda p: f"pos_weight_{p}")
 @pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
-def test_soft_labels_err_by_little_of_the_larger_term(dtype: torch.dtype, pos_weight: float | None, device: str) -> None:
+def test_soft_labels_err_by_little_of_the_larger_term(
+    dtype: torch.dtype, pos_weight: float | None, device: str
+) -> None:
     input = edge_logits(dtype)
     input = input[input.isfinite() & (input.abs() < 1e4)].to(device)
-    target = torch.rand(input.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).to(device)
+    target = (
+        torch.rand(input.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).to(device)
+    )
     weights = {} if pos_weight is None else {"pos_weight": torch.tensor(pos_weight, dtype=dtype, device=device)}
     expected = reference.with_logits(input, target, **weights)
     loss, grad_input, grad_target = loss_and_gradients(input, target, with_target=True, **weights)
     arithmetic = reference.arithmetic_dtype(dtype)
     reference.assert_rounded_once(loss, expected.loss, expected.loss_scale, arithmetic, what="loss")
-    reference.assert_rounded_once(grad_input, expected.grad_input, expected.grad_input_scale, arithmetic, what="grad_input")
+    reference.assert_rounded_once(
+        grad_input, expected.grad_input, expected.grad_input_scale, arithmetic, what="grad_input"
+    )
     reference.assert_rounded_once(
         grad_target, expected.grad_target, expected.grad_target_scale, arithmetic, what="grad_target"
     )
@@ -184,7 +223,9 @@ def test_soft_labels_err_by_little_of_the_larger_term(dtype: torch.dtype, pos_we
 def test_probabilities_are_exact_near_zero_and_one(dtype: torch.dtype, label: float, device: str) -> None:
     info = torch.finfo(dtype)
     small = torch.logspace(float(np.log2(info.tiny)) - 3, 0, 30_011, base=2, dtype=torch.float64).to(dtype)
-    input = torch.cat([torch.tensor([0.0, 1.0], dtype=dtype), small, 1 - small, torch.linspace(0, 1, 10_007).to(dtype)]).to(device)
+    input = torch.cat(
+        [torch.tensor([0.0, 1.0], dtype=dtype), small, 1 - small, torch.linspace(0, 1, 10_007).to(dtype)]
+    ).to(device)
     target = torch.full_like(input, label)
     expected = reference.probabilities(input, target)
     input = input.requires_grad_()
@@ -216,5 +257,7 @@ sys.exit(pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "-k", "cpu"])
 """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "BCE_EXT_TEST_CAPABILITY": "1"}
     command = [sys.executable, "-c", run, __file__]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr

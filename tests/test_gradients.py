@@ -153,7 +153,9 @@ def test_each_backward_has_its_own_factor(loss_function: Loss, reduction: str, d
         # A gradient kept in 16 bits is rounded once when it is kept, and once when it is scaled.
         error = (gradient.double() - expected.grad_input).abs()
         ulp = reference.ulp(expected.grad_input, dtype)
-        assert (error <= ulp * 1.01 + 8 * torch.finfo(dtype).eps * expected.grad_input_scale * dtype.itemsize // 4).all() or (
+        assert (
+            error <= ulp * 1.01 + 8 * torch.finfo(dtype).eps * expected.grad_input_scale * dtype.itemsize // 4
+        ).all() or (
             error <= 2 * ulp + 4 * torch.finfo(reference.arithmetic_dtype(dtype)).eps * expected.grad_input_scale
         ).all()
 
@@ -173,7 +175,9 @@ def test_gradients_accumulate(loss_function: Loss, reduction: str, device: str) 
     assert torch.equal(leaf.grad, 2 * once + once)
 
     shared = input.clone().requires_grad_()  # used twice in one graph
-    (loss_function(shared, target, reduction=reduction) + loss_function(shared, target, reduction=reduction)).sum().backward()
+    (
+        loss_function(shared, target, reduction=reduction) + loss_function(shared, target, reduction=reduction)
+    ).sum().backward()
     assert shared.grad is not None
     assert torch.equal(shared.grad, 2 * once)
 
@@ -200,7 +204,9 @@ def test_backward_after_the_input_was_overwritten_raises(loss_function: Loss, de
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @parametrize_losses
-def test_a_second_backward_after_the_input_was_overwritten_raises(loss_function: Loss, reduction: str, device: str) -> None:
+def test_a_second_backward_after_the_input_was_overwritten_raises(
+    loss_function: Loss, reduction: str, device: str
+) -> None:
     leaf = make_logits((37,), torch.float32, device).requires_grad_()
     input = leaf * 1
     loss = loss_function(input, torch.zeros_like(input), reduction=reduction)
@@ -234,7 +240,9 @@ def test_a_float16_mean_does_not_underflow_under_a_gradient_scaler(
     loss = loss_function(input, target)
     gradient = torch.autograd.grad(loss, [input, target] if with_target else [input], torch.full_like(loss, scale))[0]
     expected = reduced(reference.with_logits(input, target), "mean", scale)
-    reference.assert_rounded_once(gradient, expected.grad_input, expected.grad_input_scale, torch.float32, what="gradient")
+    reference.assert_rounded_once(
+        gradient, expected.grad_input, expected.grad_input_scale, torch.float32, what="gradient"
+    )
 
 
 @parametrize_reduction

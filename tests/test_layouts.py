@@ -56,7 +56,15 @@ def offset(tensor: Tensor) -> Tensor:
     return view
 
 
-LAYOUTS: tuple[Layout, ...] = (contiguous, transposed, reversed_dims, channels_last, every_other_element, cropped, offset)
+LAYOUTS: tuple[Layout, ...] = (
+    contiguous,
+    transposed,
+    reversed_dims,
+    channels_last,
+    every_other_element,
+    cropped,
+    offset,
+)
 DENSE: tuple[Layout, ...] = (contiguous, transposed, reversed_dims, channels_last, offset)
 
 # Batch, channels, height, width: no size divides another, the rows are no multiple of a vector, and all of it is more than a block.
@@ -68,7 +76,12 @@ def ids(layout: Layout) -> str:
 
 
 def evaluate(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, with_target: bool = False
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    with_target: bool = False,
 ) -> tuple[Tensor, ...]:
     input = input.detach().requires_grad_()
     target = target.detach().requires_grad_(with_target)
@@ -92,7 +105,10 @@ def test_layouts_of_input_and_target_need_not_agree(
     input_layout: Layout, target_layout: Layout, reduction: str, device: str
 ) -> None:
     input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
-    weight, pos_weight = make_weights((3, 1, 1), torch.float32, device), make_weights(IMAGES, torch.float32, device, seed=3)
+    weight, pos_weight = (
+        make_weights((3, 1, 1), torch.float32, device),
+        make_weights(IMAGES, torch.float32, device, seed=3),
+    )
     expected = evaluate(input, target, weight, pos_weight, reduction)
     actual = evaluate(input_layout(input), target_layout(target), weight, pos_weight, reduction)
     assert_same(actual, expected, reduction)
@@ -107,14 +123,21 @@ def test_layouts_of_input_and_target_need_not_agree(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=ids)
 def test_layouts_of_full_weights(layout: Layout, reduction: str, device: str) -> None:
     input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
-    weight, pos_weight = make_weights(IMAGES, torch.float32, device), make_weights(IMAGES, torch.float32, device, seed=3)
+    weight, pos_weight = (
+        make_weights(IMAGES, torch.float32, device),
+        make_weights(IMAGES, torch.float32, device, seed=3),
+    )
     expected = evaluate(input, target, weight, pos_weight, reduction)
     assert_same(evaluate(input, target, layout(weight), pos_weight, reduction), expected, reduction)
     assert_same(evaluate(input, target, weight, layout(pos_weight), reduction), expected, reduction)
-    assert_same(evaluate(channels_last(input), target, layout(weight), layout(pos_weight), reduction), expected, reduction)
+    assert_same(
+        evaluate(channels_last(input), target, layout(weight), layout(pos_weight), reduction), expected, reduction
+    )
 
 
-@pytest.mark.parametrize("weight_shape", [(3, 1, 1), (37,), (11, 1), (4, 1, 1, 37), (1, 3, 1, 1), (4, 3, 11, 37)], ids=str)
+@pytest.mark.parametrize(
+    "weight_shape", [(3, 1, 1), (37,), (11, 1), (4, 1, 1, 37), (1, 3, 1, 1), (4, 3, 11, 37)], ids=str
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=ids)
 def test_weights_broadcast_into_every_layout(layout: Layout, weight_shape: tuple[int, ...], device: str) -> None:
     input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
@@ -172,7 +195,9 @@ def test_expanded_tensors_are_read_with_stride_zero(
 
 def test_the_gradient_of_an_expanded_leaf_is_summed(device: str) -> None:
     leaf = make_logits((1, 37), torch.float64, device).requires_grad_()
-    F.binary_cross_entropy_with_logits(leaf.expand(11, 37), torch.ones(11, 37, device=device), reduction="sum").backward()
+    F.binary_cross_entropy_with_logits(
+        leaf.expand(11, 37), torch.ones(11, 37, device=device), reduction="sum"
+    ).backward()
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad, 11 * (torch.sigmoid(leaf.detach()) - 1))
 
@@ -195,14 +220,22 @@ def test_dimensions_of_size_one(shape: tuple[int, ...], reduction: str, device: 
 def test_more_dimensions_than_a_kernel_walks(dims: int, reduction: str, device: str) -> None:
     shape = (2,) * dims
     input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
-    weight = make_weights(tuple(1 + d % 2 for d in range(dims)), torch.float32, device)  # every other dimension broadcasts
+    weight = make_weights(
+        tuple(1 + d % 2 for d in range(dims)), torch.float32, device
+    )  # every other dimension broadcasts
     expected = reference.reduced(reference.with_logits(input, target, weight), reduction)
     grad_output = make_weights(shape if reduction == "none" else (), torch.float32, device, seed=9)
     expected = reference.reduced(reference.with_logits(input, target, weight), reduction, grad_output)
-    for x, y in ((input, reversed_dims(target)), (reversed_dims(input), target), (every_other_element(input), reversed_dims(target))):
+    for x, y in (
+        (input, reversed_dims(target)),
+        (reversed_dims(input), target),
+        (every_other_element(input), reversed_dims(target)),
+    ):
         loss, gradient = evaluate(x, y, weight, None, reduction)
         reference.assert_rounded_once(loss, expected.loss, expected.loss_scale, torch.float32, what="loss")
-        reference.assert_rounded_once(gradient, expected.grad_input, expected.grad_input_scale, torch.float32, what="gradient")
+        reference.assert_rounded_once(
+            gradient, expected.grad_input, expected.grad_input_scale, torch.float32, what="gradient"
+        )
 
 
 # Pointers from 1 to 7 elements behind an alignment of 16 or 64 bytes, of each tensor by itself.

@@ -77,11 +77,25 @@ def measure(function: str, input_dtype: str, target_dtype: str, reduction: str, 
         # (the outputs, in bytes an element: the gradient, and the loss for none)
         pytest.param("binary_cross_entropy_with_logits", "float32", "float32", "mean", "backward", 4, id="mean"),
         pytest.param("binary_cross_entropy", "float32", "float32", "mean", "backward", 4, id="mean of probabilities"),
-        pytest.param("binary_cross_entropy_with_logits", "bfloat16", "bool", "sum", "backward", 2, id="sum, bfloat16 and bool"),
-        pytest.param("binary_cross_entropy_with_logits", "float16", "int64", "mean", "backward", 2, id="mean, float16 and int64"),
-        pytest.param("binary_cross_entropy_with_logits", "float32", "float32", "none", "forward", 4, id="none keeps its inputs only"),
+        pytest.param(
+            "binary_cross_entropy_with_logits", "bfloat16", "bool", "sum", "backward", 2, id="sum, bfloat16 and bool"
+        ),
+        pytest.param(
+            "binary_cross_entropy_with_logits", "float16", "int64", "mean", "backward", 2, id="mean, float16 and int64"
+        ),
+        pytest.param(
+            "binary_cross_entropy_with_logits",
+            "float32",
+            "float32",
+            "none",
+            "forward",
+            4,
+            id="none keeps its inputs only",
+        ),
         pytest.param("binary_cross_entropy_with_logits", "float32", "float32", "none", "backward", 8, id="none"),
-        pytest.param("binary_cross_entropy_with_logits", "float32", "bool", "mean", "no_grad", 0, id="no_grad allocates nothing"),
+        pytest.param(
+            "binary_cross_entropy_with_logits", "float32", "bool", "mean", "no_grad", 0, id="no_grad allocates nothing"
+        ),
     ],
 )
 def test_peak_memory_beyond_the_inputs(

@@ -41,7 +41,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "int_pos_weight": {"pos_weight": torch.tensor([0, 1, 2, 3, 4, 5])},
     "pos_weight_0d": {"pos_weight": torch.tensor(3.0)},
     "int_pos_weight_0d": {"pos_weight": torch.tensor(3)},
-    "both": {"weight": torch.tensor([0, 1, 2, 3, 4, 5]), "pos_weight": torch.tensor([5, 4, 3, 2, 1, 0]), "reduction": "sum"},
+    "both": {
+        "weight": torch.tensor([0, 1, 2, 3, 4, 5]),
+        "pos_weight": torch.tensor([5, 4, 3, 2, 1, 0]),
+        "reduction": "sum",
+    },
 }
 
 
@@ -62,7 +66,9 @@ def test_a_pair_of_rows_as_printed_in_a_tutorial() -> None:
     probabilities = torch.tensor([[0.3992, 0.2232, 0.6435], [0.3800, 0.3044, 0.3241], [0.6281, 0.4689, 0.3834]])
     labels = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     torch.testing.assert_close(bce_ext.BCELoss()(probabilities, labels), nn.BCELoss()(probabilities, labels))
-    torch.testing.assert_close(bce_ext.BCEWithLogitsLoss()(probabilities.logit(), labels), nn.BCELoss()(probabilities, labels))
+    torch.testing.assert_close(
+        bce_ext.BCEWithLogitsLoss()(probabilities.logit(), labels), nn.BCELoss()(probabilities, labels)
+    )
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=["flat", "two_rows"])
@@ -97,8 +103,9 @@ def test_scalars_and_empty_tensors(shape: tuple[int, ...], reduction: str, ours:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_gradients_are_native_s(reduction: str, with_logits: bool, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    values, target = torch.randn(64, 37, generator=generator).to(device), torch.rand(64, 37, generator=generator).to(device)
-    weight = torch.rand(37, generator=generator).to(device)
+    # float64, since a float32 gradient of native is off by more than the tolerance where its terms cancel
+    values, target = (f(64, 37, generator=generator, dtype=torch.float64).to(device) for f in (torch.randn, torch.rand))
+    weight = torch.rand(37, generator=generator).to(device, torch.float64)
     gradients = []
     for module in MODULES[0] if with_logits else MODULES[1]:
         input = (values if with_logits else values.sigmoid()).detach().requires_grad_()
@@ -168,7 +175,7 @@ def test_modules_look_like_native_s(ours: Any, native: Any) -> None:
         assert mine.reduction == theirs.reduction
         assert [name for name, _ in mine.named_buffers()] == [name for name, _ in theirs.named_buffers()]
         assert list(mine.state_dict()) == list(theirs.state_dict())
-        assert mine.__constants__ == theirs.__constants__
+        assert getattr(mine, "__constants__", None) == getattr(theirs, "__constants__", None)
         assert not list(mine.parameters())
     nested, native_nested = nn.Sequential(ours()), nn.Sequential(native())
     assert repr(nested) == repr(native_nested)
@@ -191,7 +198,12 @@ def test_modules_are_copied_and_saved(ours: Any, native: Any) -> None:
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
-    for twin in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)):
+    for twin in (
+        copy.deepcopy(module),
+        copy.copy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
+    ):
         assert type(twin) is ours
         assert repr(twin) == repr(module)
         assert torch.equal(twin(input, target), module(input, target))

@@ -61,8 +61,8 @@ def test_with_logits(case: str, reduction: int, device: str) -> None:
     opcheck(OPS.binary_cross_entropy_with_logits.default, *tensors(case, device, with_logits=True), reduction)
 
 
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "target_requires_grad", "weights_require_grad"])
 def test_probabilities(case: str, reduction: int, device: str) -> None:
     opcheck(OPS.binary_cross_entropy.default, *tensors(case, device, with_logits=False)[:3], reduction)
 
@@ -81,7 +81,7 @@ def test_other_dtypes(reduction: int, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights"])
 def test_bce(case: str, reduction: int, with_logits: bool, device: str) -> None:
     # With another dtype than that of the input, as autocast calls it.
     arguments = tensors(case, device, with_logits, torch.bfloat16)
@@ -90,13 +90,20 @@ def test_bce(case: str, reduction: int, with_logits: bool, device: str) -> None:
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("reduce", [False, True], ids=["none", "sum"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed"])
 def test_bce_loss(case: str, reduce: bool, with_logits: bool, device: str) -> None:
-    opcheck(OPS._bce_loss.default, *tensors(case, device, with_logits), with_logits, reduce, 7 if reduce else 1, torch.float32)
+    opcheck(
+        OPS._bce_loss.default,
+        *tensors(case, device, with_logits),
+        with_logits,
+        reduce,
+        7 if reduce else 1,
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed"])
 def test_bce_loss_and_grad(case: str, with_logits: bool, device: str) -> None:
     opcheck(OPS._bce_loss_and_grad.default, *tensors(case, device, with_logits), with_logits, 7, torch.float32)
 
@@ -104,7 +111,7 @@ def test_bce_loss_and_grad(case: str, with_logits: bool, device: str) -> None:
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("output_mask", [[True, True], [True, False], [False, True]], ids=str)
 @pytest.mark.parametrize("grad_output_shape", [(), (3, 5)], ids=["reduced", "elementwise"])
-@pytest.mark.parametrize("case", ["no_grad", "grad", "target_requires_grad", "weights"])
+@pytest.mark.parametrize("case", ["no_grad", "grad"])
 def test_bce_backward(
     case: str, grad_output_shape: tuple[int, ...], output_mask: list[bool], with_logits: bool, device: str
 ) -> None:

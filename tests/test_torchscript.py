@@ -103,7 +103,6 @@ def programs() -> dict[str, Any]:
         all_programs[f"BCEWithLogitsLoss_weights_{reduction}"] = bce_ext.BCEWithLogitsLoss(
             **weights, pos_weight=torch.tensor([3.0, 2.0, 1.0]), reduction=reduction
         )
-        all_programs[f"BCELoss_weight_{reduction}"] = nn.Sequential(nn.Sigmoid())  # replaced below
         all_programs[f"BCELoss_weight_{reduction}"] = WithSigmoid(bce_ext.BCELoss(**weights, reduction=reduction))
     return all_programs
 
@@ -151,7 +150,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor,
     names = directory / "names"
     names.write_text("\n".join(PROGRAMS))
     for name, program in PROGRAMS.items():
-        torch.jit.save(scripted(program), directory / f"{name}.ts")
+        torch.jit.save(scripted(program), str(directory / f"{name}.ts"))
     loop = f"""
 import sys
 directory = sys.argv[1]

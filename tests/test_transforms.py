@@ -45,7 +45,9 @@ def _no_slow_loops() -> Iterator[None]:
 class Case:
     """One loss with its tensors in float64, and the same loss as a formula of elementary operations, which autograd has the derivatives of."""
 
-    def __init__(self, formula: str, loss: Loss, weighted: str, reduction: str, device: str, batch: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, formula: str, loss: Loss, weighted: str, reduction: str, device: str, batch: tuple[int, ...] = ()
+    ) -> None:
         shape = (*batch, *SHAPE)
         float64 = torch.float64
         self.logits = formula == "with_logits"
@@ -261,4 +263,6 @@ def test_transforms_are_as_exact_as_the_kernel(dtype: torch.dtype, transform: st
         else:
             actual = torch.func.vmap(loss)(x.expand(2, -1), y.expand(2, -1))[0]
             truth = expected.loss
-        torch.testing.assert_close(actual.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+        torch.testing.assert_close(
+            actual.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
+        )

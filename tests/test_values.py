@@ -64,7 +64,11 @@ WEIGHT_SHAPES = {
 
 
 def differentiated(
-    loss_function: Callable[..., Tensor], input: Tensor, target: Tensor, grad_output: Tensor | None = None, **arguments: object
+    loss_function: Callable[..., Tensor],
+    input: Tensor,
+    target: Tensor,
+    grad_output: Tensor | None = None,
+    **arguments: object,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     input = input.detach().requires_grad_()
     target = target.detach().requires_grad_(target.is_floating_point())
@@ -80,16 +84,22 @@ def assert_terms(
     assert_rounded_once(loss, expected.loss, expected.loss_scale, arithmetic, what="loss")
     assert_rounded_once(grad_input, expected.grad_input, expected.grad_input_scale, arithmetic, what="grad_input")
     if grad_target is not None:
-        assert_rounded_once(grad_target, expected.grad_target, expected.grad_target_scale, arithmetic, what="grad_target")
+        assert_rounded_once(
+            grad_target, expected.grad_target, expected.grad_target_scale, arithmetic, what="grad_target"
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_of_every_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: str) -> None:
+def test_logits_of_every_shape_and_dtype(
+    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: str
+) -> None:
     input, target = make_logits(shape, dtype, device), make_targets(shape, dtype, device)
     expected = reduced(reference.with_logits(input, target), reduction)
-    loss, grad_input, grad_target = differentiated(F.binary_cross_entropy_with_logits, input, target, reduction=reduction)
+    loss, grad_input, grad_target = differentiated(
+        F.binary_cross_entropy_with_logits, input, target, reduction=reduction
+    )
     assert loss.dtype == grad_input.dtype == dtype
     assert_terms(loss, grad_input, grad_target, expected, arithmetic_dtype(dtype))
     # Without a gradient for the target the loss and its gradient come out of one pass, without any gradient out of another.
@@ -97,9 +107,15 @@ def test_logits_of_every_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dt
     loss_of_pass = F.binary_cross_entropy_with_logits(alone, target, reduction=reduction)
     assert torch.equal(loss_of_pass, loss) or loss.isnan().all()
     (grad_of_pass,) = torch.autograd.grad(loss_of_pass, alone, torch.ones_like(loss))
-    assert_rounded_once(grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass")
+    assert_rounded_once(
+        grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass"
+    )
     assert_terms(
-        F.binary_cross_entropy_with_logits(input, target, reduction=reduction), grad_input, None, expected, arithmetic_dtype(dtype)
+        F.binary_cross_entropy_with_logits(input, target, reduction=reduction),
+        grad_input,
+        None,
+        expected,
+        arithmetic_dtype(dtype),
     )
 
 
@@ -118,14 +134,19 @@ def test_probabilities_of_every_shape_and_dtype(
     loss_of_pass = F.binary_cross_entropy(alone, target, reduction=reduction)
     assert torch.equal(loss_of_pass, loss) or loss.isnan().all()
     (grad_of_pass,) = torch.autograd.grad(loss_of_pass, alone, torch.ones_like(loss))
-    assert_rounded_once(grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass")
+    assert_rounded_once(
+        grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass"
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("pos_weight_shape", [None, *WEIGHT_SHAPES], ids=lambda s: f"pos_weight_{s}")
 @pytest.mark.parametrize("weight_shape", [None, *WEIGHT_SHAPES], ids=lambda s: f"weight_{s}")
 def test_weights_broadcast(weight_shape: str | None, pos_weight_shape: str | None, reduction: str, device: str) -> None:
-    input, target = make_logits((4, 3, 5, 37), torch.float32, device), make_targets((4, 3, 5, 37), torch.float32, device)
+    input, target = (
+        make_logits((4, 3, 5, 37), torch.float32, device),
+        make_targets((4, 3, 5, 37), torch.float32, device),
+    )
     weights = {
         name: None if shape is None else make_weights(WEIGHT_SHAPES[shape], torch.float32, device, seed)
         for name, shape, seed in (("weight", weight_shape, 2), ("pos_weight", pos_weight_shape, 3))
@@ -186,8 +207,14 @@ def test_weights_of_another_dtype_are_converted(
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 def test_targets_and_weights_outside_of_their_usual_range(dtype: torch.dtype, reduction: str, device: str) -> None:
     shape = (6, 37)
-    input, target = make_logits(shape, dtype, device), make_logits(shape, dtype, device, seed=5)  # targets from -12 to 12
-    weight, pos_weight = make_logits(shape, dtype, device, seed=6), make_logits((37,), dtype, device, seed=7)  # negative ones, too
+    input, target = (
+        make_logits(shape, dtype, device),
+        make_logits(shape, dtype, device, seed=5),
+    )  # targets from -12 to 12
+    weight, pos_weight = (
+        make_logits(shape, dtype, device, seed=6),
+        make_logits((37,), dtype, device, seed=7),
+    )  # negative ones, too
     expected = reduced(reference.with_logits(input, target, weight, pos_weight), reduction)
     actual = differentiated(
         F.binary_cross_entropy_with_logits, input, target, reduction=reduction, weight=weight, pos_weight=pos_weight

@@ -18,7 +18,8 @@ struct ChunkResult {
   bool input_in_range = true;  // for Formula::Probabilities: every input was in [0, 1], and none was NaN
 };
 
-// The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk and on nothing else.
+// The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk
+// and on nothing else.
 constexpr int64_t kChunk = 8192;
 
 // Evaluates the elements [begin, end) of the walk, at most kChunk of them.

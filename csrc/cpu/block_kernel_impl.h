@@ -1,12 +1,13 @@
-// The body of the CPU kernel, compiled once per instruction set: a file block_kernel_<isa>.cpp defines BCE_EXT_ISA, a namespace, and
-// BCE_EXT_TARGET, the function attribute that selects the instructions, and includes this.
+// The body of the CPU kernel, compiled once per instruction set: a file block_kernel_<isa>.cpp defines BCE_EXT_ISA, a
+// namespace, and BCE_EXT_TARGET, the function attribute that selects the instructions, and includes this.
 //
-// Every function here that is not inlined carries BCE_EXT_TARGET and is local to its file. Compiling the files themselves for a newer machine would
-// let inline functions of the standard library, which the linker shares among all files, use its instructions everywhere. No lambdas: they do
-// not take the attribute of the function around them.
+// Every function here that is not inlined carries BCE_EXT_TARGET and is local to its file. Compiling the files
+// themselves for a newer machine would let inline functions of the standard library, which the linker shares among all
+// files, use its instructions everywhere. No lambdas: they do not take the attribute of the function around them.
 //
-// A chunk is worked through in blocks that stay in the first-level cache, each in separate steps: read (convert or gather operands into
-// buffers of the compute type), compute, write, sum. Operands and outputs that lie in memory as the computation wants them are used in place.
+// A chunk is worked through in blocks that stay in the first-level cache, each in separate steps: read (convert or
+// gather operands into buffers of the compute type), compute, write, sum. Operands and outputs that lie in memory as
+// the computation wants them are used in place.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +25,11 @@ namespace {
 
 template <typename T>
 constexpr int64_t kBlock = 4096 / sizeof(T);
-// Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of partial sums.
+// Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of
+// partial sums.
 constexpr int64_t kLanes = 16;
-static_assert(kBlock<double> % (4 * kLanes) == 0 && kChunk % kBlock<float> == 0);  // else sums would depend on the size of blocks
+static_assert(kBlock<double> % (4 * kLanes) == 0 &&
+              kChunk % kBlock<float> == 0);  // else sums would depend on the size of blocks
 
 BCE_EXT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BCE_EXT_HOST_DEVICE int64_t round_to_lanes(int64_t n) { return (n + kLanes - 1) & ~(kLanes - 1); }
@@ -72,7 +75,8 @@ BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
 
 // Reads whole rows that are too short to be worth a run each: column by column.
 template <typename T, typename S>
-BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t row, T* __restrict out) {
+BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t row,
+                                    T* __restrict out) {
   for (int64_t column = 0; column < row; ++column) {
     for (int64_t r = 0; r < rows; ++r) out[r * row + column] = load_as<T>(in[r * row_stride + column * stride]);
   }
@@ -81,7 +85,7 @@ BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t str
 // Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.
 template <typename T, typename S>
 BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
-  constexpr int64_t kShortRow = 16;
+  constexpr int64_t kShortRow = 32;
   const int last = problem.ndim - 1;
   const S* in = static_cast<const S*>(operand.data);
   int64_t coordinates[kMaxDims];
@@ -168,7 +172,8 @@ BCE_EXT_TARGET void read(const Problem& problem, const Operand& operand, int64_t
   }
 }
 
-// The number of elements after which the values of an operand repeat: the product of the sizes inside of the outermost dimension with a stride.
+// The number of elements after which the values of an operand repeat: the product of the sizes inside of the outermost
+// dimension with a stride.
 BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
   if (operand.layout == Layout::Absent || operand.layout == Layout::Scalar) return 1;
   if (operand.layout == Layout::Flat) return problem.numel;
@@ -179,8 +184,8 @@ BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
   return product;
 }
 
-// Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a tile that holds every
-// block as a contiguous stretch.
+// Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a
+// tile that holds every block as a contiguous stretch.
 template <typename T>
 class OperandReader {
  public:
@@ -231,11 +236,13 @@ class OperandReader {
 enum Wanted { kLoss = 1, kGradInput = 2, kGradTarget = 4 };
 
 template <typename T>
-using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* loss, T* grad_input, T* grad_target);
+using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* loss, T* grad_input,
+                         T* grad_target);
 
 template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
-BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w, const T* __restrict p, T scale,
-                            T* __restrict loss, T* __restrict grad_input, T* __restrict grad_target) {
+BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
+                            const T* __restrict p, T scale, T* __restrict loss, T* __restrict grad_input,
+                            T* __restrict grad_target) {
   n &= ~(kLanes - 1);
   T first[kBlock<T>];
   for (int64_t i = 0; i < n; ++i) first[i] = Formula::first_stage(x[i]);
@@ -276,7 +283,8 @@ template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight) {
   if constexpr (std::is_same_v<Formula, WithLogits>) {
     if (has_pos_weight) {
-      return has_weight ? select_wanted<T, Formula, true, true>(wanted) : select_wanted<T, Formula, false, true>(wanted);
+      return has_weight ? select_wanted<T, Formula, true, true>(wanted)
+                        : select_wanted<T, Formula, false, true>(wanted);
     }
   }
   return has_weight ? select_wanted<T, Formula, true, false>(wanted) : select_wanted<T, Formula, false, false>(wanted);
@@ -335,8 +343,8 @@ class OutputWriter {
 
 // ---- sum ----
 
-// Adds element i to lane i % kLanes, in an order that depends on n alone. Four at a time are added in T first, which costs at most two roundings
-// of T and halves the time; should that overflow, the block is added again in float64.
+// Adds element i to lane i % kLanes, in an order that depends on n alone. Four at a time are added in T first, which
+// costs at most two roundings of T and halves the time; should that overflow, the block is added again in float64.
 template <typename T>
 BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes) {
   double sums[kLanes];
@@ -375,7 +383,8 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent;
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
   const int wanted = (problem.reduce || problem.loss.data != nullptr ? kLoss : 0) |
-                     (problem.grad_input.data != nullptr ? kGradInput : 0) | (problem.grad_target.data != nullptr ? kGradTarget : 0);
+                     (problem.grad_input.data != nullptr ? kGradInput : 0) |
+                     (problem.grad_target.data != nullptr ? kGradTarget : 0);
   const Compute<T> compute_block = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
   const T scale = static_cast<T>(problem.scale);
 

@@ -57,7 +57,8 @@ BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {
   constexpr uint32_t kHalfUnit = 126u << 23;        // 0.5: its last place is the smallest subnormal of half
   const uint32_t bits = math::to_bits(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t subnormal = math::to_bits(math::from_bits<float>(magnitude) + math::from_bits<float>(kHalfUnit)) - kHalfUnit;
+  const uint32_t subnormal =
+      math::to_bits(math::from_bits<float>(magnitude) + math::from_bits<float>(kHalfUnit)) - kHalfUnit;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;

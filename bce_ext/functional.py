@@ -81,10 +81,10 @@ def binary_cross_entropy_with_logits(
                 reduction=reduction,
                 pos_weight=pos_weight,
             )
+        if not torch.compiler.is_dynamo_compiling():
+            return _C.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
         weight = _as_tensor(weight)
         pos_weight = _as_tensor(pos_weight)
-        if not _needs_named_operator():
-            return _C.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
     return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)  # type: ignore[no-any-return]
 
 
@@ -151,17 +151,12 @@ def binary_cross_entropy(
                 reduce=reduce,
                 reduction=reduction,
             )
-        weight = _as_tensor(weight)
-        if not _needs_named_operator():
+        if not torch.compiler.is_dynamo_compiling():
             return _C.binary_cross_entropy(input, target, weight, reduction_enum)
+        weight = _as_tensor(weight)
     return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, reduction_enum)  # type: ignore[no-any-return]
 
 
 def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
     """A number becomes a 0-d tensor, which broadcasts and goes with any device."""
     return torch.scalar_tensor(weight, dtype=torch.float64) if isinstance(weight, (int, float)) else weight
-
-
-def _needs_named_operator() -> bool:
-    """Whether somebody records the call: these know the operators of ``torch.ops``, not the short way through ``_C``."""
-    return torch.compiler.is_dynamo_compiling() or _C.is_tracing()

@@ -9,6 +9,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "composite.h"
@@ -78,28 +79,27 @@ struct Options {
   static Options unpack(int64_t packed) { return {(packed & 1) != 0, (packed >> 1) & 3, static_cast<at::ScalarType>(packed >> 3)}; }
 };
 
-class BCEFunction : public torch::autograd::Function<BCEFunction> {
- public:
+struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                        const OptionalTensor& pos_weight, bool with_logits, int64_t reduction, at::ScalarType dtype) {
-    const Arguments arguments{input, target, weight, pos_weight, with_logits};
+  static Tensor forward(AutogradContext* ctx, const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
     const bool stored = stores_gradient(arguments, reduction);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor loss;
     if (stored) {
       Tensor gradient;
-      std::tie(loss, gradient) = bce_loss_and_grad(arguments, divisor_of(input, reduction), dtype);
+      std::tie(loss, gradient) = bce_loss_and_grad(arguments, divisor_of(arguments.input, reduction), dtype);
       ctx->saved_data[kGradient] = std::move(gradient);
     } else {
       loss = loss_without_grad(arguments, reduction, dtype);
     }
-    ctx->saved_data[kOptions] = Options{with_logits, reduction, dtype}.pack();
-    ctx->save_for_backward({input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor())});
+    ctx->saved_data[kOptions] = Options{arguments.with_logits, reduction, dtype}.pack();
+    ctx->save_for_backward({arguments.input, arguments.target, arguments.weight.value_or(Tensor()),
+                            arguments.pos_weight.value_or(Tensor())});
     return loss;
   }
 
+  // The gradients with respect to input and target.
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Tensor& grad_output = grad_outputs[0];
     auto& saved_data = ctx->saved_data;
@@ -109,7 +109,7 @@ class BCEFunction : public torch::autograd::Function<BCEFunction> {
       // computes it anew.
       Tensor gradient = std::move(stored->second).toTensor();
       stored->second = c10::IValue();
-      return gradients(scaled(std::move(gradient), grad_output), Tensor());
+      return {scaled(std::move(gradient), grad_output), Tensor()};
     }
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
@@ -120,21 +120,44 @@ class BCEFunction : public torch::autograd::Function<BCEFunction> {
     if (stored != saved_data.end() && !at::GradMode::is_enabled()) {
       // By the same steps as the first time, so that it has the same bits.
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return gradients(scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, options.dtype)), grad_output), Tensor());
+      return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, options.dtype)), grad_output), Tensor()};
     }
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = bce_backward(grad_output, arguments, divisor, wanted);
-    return gradients(wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor());
+    return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
   }
 
- private:
-  static variable_list gradients(Tensor grad_input, Tensor grad_target) {
-    variable_list all(7);  // one for each argument of forward
-    all[0] = std::move(grad_input);
-    all[1] = std::move(grad_target);
-    return all;
-  }
 };
+
+// What torch::autograd::Function::apply sets up, without its general part (the arguments of any type, in-place and view outputs, a
+// demangled name), which takes longer than a small loss. It takes no arguments but input and target: weights that require grad never come here.
+struct BCENode : torch::autograd::CppNode<BCEFunction> {
+  std::string name() const override { return "BCEBackward"; }
+};
+
+template <typename T>
+auto make_node() {
+  using NodePointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>) {  // torch 2.11
+    return std::make_shared<T>();
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+Tensor loss_with_node(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
+  const auto node = make_node<BCENode>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(arguments.input, arguments.target));
+  node->is_variable_input_ = {true, true};
+  node->input_info_.emplace_back(arguments.input);
+  node->input_info_.emplace_back(arguments.target);
+  Tensor loss = BCEFunction::forward(&node->ctx_, arguments, reduction, dtype);
+  torch::autograd::set_history(loss, node);
+  node->output_info_.emplace_back(loss);
+  node->save_variables_to_ctx();
+  return loss;
+}
 
 Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
   if (needs_composite(arguments)) return composite_loss(arguments, reduction, dtype);
@@ -142,7 +165,7 @@ Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::Sc
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return loss_without_grad(arguments, reduction, dtype);
   }
-  return BCEFunction::apply(arguments.input, arguments.target, arguments.weight, arguments.pos_weight, arguments.with_logits, reduction, dtype);
+  return loss_with_node(arguments, reduction, dtype);
 }
 
 Tensor with_logits_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,

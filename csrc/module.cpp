@@ -1,5 +1,6 @@
 // The Python module bce_ext._C: what this binary was built with, and a short way from Python to the operators. The
 // operators themselves need no Python and stand in libbce_ext.so.
+#include <ATen/Functions.h>
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -70,22 +71,29 @@ const at::Tensor& as_tensor(py::handle value, const char* function, const char* 
   return THPVariable_Unpack(value.ptr());
 }
 
-OptionalTensor as_optional(py::handle value, const char* function, const char* argument) {
-  return value.is_none() ? OptionalTensor() : as_tensor(value, function, argument);
+// A number becomes a 0-d tensor, which broadcasts and goes with any device.
+OptionalTensor as_weight(py::handle value, const char* function, const char* argument) {
+  if (value.is_none()) return std::nullopt;
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return at::scalar_tensor(value.cast<double>(), at::kDouble);
+  return as_tensor(value, function, argument);
 }
+
+// torch.jit.trace records what goes through torch.ops.
+py::object named_operator(const char* name) { return py::module_::import("torch").attr("ops").attr("bce_ext").attr(name); }
 
 py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
 
 py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight, py::handle pos_weight, int64_t reduction) {
   constexpr auto kName = "binary_cross_entropy_with_logits";
+  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, weight, pos_weight, reduction);
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>();
   const at::Tensor& x = as_tensor(input, kName, "input");
   const at::Tensor& y = as_tensor(target, kName, "target");
-  const OptionalTensor w = as_optional(weight, kName, "weight");
-  const OptionalTensor p = as_optional(pos_weight, kName, "pos_weight");
+  const OptionalTensor w = as_weight(weight, kName, "weight");
+  const OptionalTensor p = as_weight(pos_weight, kName, "pos_weight");
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(x, y, w, p, reduction);
   py::gil_scoped_acquire gil;
@@ -94,12 +102,13 @@ py::object binary_cross_entropy_with_logits(py::handle input, py::handle target,
 
 py::object binary_cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction) {
   constexpr auto kName = "binary_cross_entropy";
+  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, weight, reduction);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::binary_cross_entropy", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t)>();
   const at::Tensor& q = as_tensor(input, kName, "input");
   const at::Tensor& y = as_tensor(target, kName, "target");
-  const OptionalTensor w = as_optional(weight, kName, "weight");
+  const OptionalTensor w = as_weight(weight, kName, "weight");
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(q, y, w, reduction);
   py::gil_scoped_acquire gil;
@@ -112,6 +121,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "What the binary of bce_ext was built with, and a short way to its operators.";
   module.def("binary_cross_entropy_with_logits", torch::wrap_pybind_function(binary_cross_entropy_with_logits));
   module.def("binary_cross_entropy", torch::wrap_pybind_function(binary_cross_entropy));
-  module.def("is_tracing", &torch::jit::tracer::isTracing);
   module.def("build_info", &build_info, "Facts of the loaded binary: torch, compiler, instruction set, CUDA.");
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from reference import REDUCTION_NUMBER
 from torch import Tensor
 
 import bce_ext
-from reference import REDUCTION_NUMBER
 
 Loss = Callable[..., Tensor]
 

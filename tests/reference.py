@@ -12,8 +12,8 @@ REDUCTIONS = ("none", "mean", "sum")
 REDUCTION_NUMBER = {"none": 0, "mean": 1, "sum": 2}
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Of csrc/cpu: a thread works through chunks of so many elements, in blocks of so many, in lanes of so many. The CUDA kernels have sizes of their own,
-# all of them powers of two at most as large as a chunk.
+# Of csrc/cpu: a thread works through chunks of so many elements, in blocks of so many, in lanes of so many. The CUDA
+# kernels have sizes of their own, all of them powers of two at most as large as a chunk.
 LANES, BLOCK, CHUNK = 16, 512, 8192
 
 
@@ -77,9 +77,9 @@ def probabilities(input: Tensor, target: Tensor, weight: Tensor | None = None) -
 def reduced(terms: Terms, reduction: str, grad_output: Tensor | float = 1.0) -> Terms:
     """The terms of the reduced loss, its gradients times `grad_output`."""
     numel = terms.loss.numel()
-    if isinstance(grad_output, Tensor):
-        grad_output = grad_output.double()
-    factor = grad_output / max(numel, 1) if reduction == "mean" else grad_output
+    factor = torch.as_tensor(grad_output, dtype=torch.float64, device=terms.loss.device)
+    if reduction == "mean":
+        factor = factor / max(numel, 1)
     loss, loss_scale = terms.loss, terms.loss_scale
     if reduction == "sum":
         loss, loss_scale = loss.sum(), loss_scale.sum()
@@ -89,9 +89,9 @@ def reduced(terms: Terms, reduction: str, grad_output: Tensor | float = 1.0) -> 
         loss,
         loss_scale,
         terms.grad_input * factor,
-        terms.grad_input_scale * abs(factor),
+        terms.grad_input_scale * factor.abs(),
         terms.grad_target * factor,
-        terms.grad_target_scale * abs(factor),
+        terms.grad_target_scale * factor.abs(),
     )
 
 

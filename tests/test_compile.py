@@ -101,7 +101,6 @@ def test_sizes_become_dynamic_by_themselves_once(loss: Loss, device: str) -> Non
     for rows in (5, 6, 7, 8, 9):
         compiled(*make_batch(loss, rows, device)[:2])
     assert counter.frame_count == 2
-    assert counter.op_count == 2  # one operation in each: nothing is decomposed
 
 
 @needs_compiler

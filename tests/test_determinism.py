@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import CHUNK, FLOATING_DTYPES, make_logits, make_probabilities, make_targets, make_weights
 from torch import Tensor
 
 import bce_ext.functional as F
-from reference import CHUNK, FLOATING_DTYPES, make_logits, make_probabilities, make_targets, make_weights
 
-# One chunk, a chunk and one element, an odd number of chunks with an odd rest: what is left over falls to another thread each time.
+# One chunk, a chunk and one element, an odd number of chunks with an odd rest: what is left over falls to another
+# thread each time.
 SIZES = [CHUNK, CHUNK + 1, 37 * CHUNK + 1031]
 
 

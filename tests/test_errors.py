@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from callables import PROBABILITIES, WITH_LOGITS
 from torch import Tensor
 
 import bce_ext
 import bce_ext.functional as F
-from callables import PROBABILITIES, WITH_LOGITS
 
 NATIVE = torch.nn.functional.binary_cross_entropy_with_logits
 NATIVE_PROBABILITIES = torch.nn.functional.binary_cross_entropy
@@ -97,7 +97,8 @@ def test_bad_tensors(case: str, loss_function: Callable[..., Tensor], requires_g
         input = input.detach().requires_grad_(requires_grad)
     native = raised_by(NATIVE, input, target, **weights)
     if loss_function.__name__ == "scripted":
-        # TorchScript turns every exception of an operator into its own kind of RuntimeError, and shows the code around the call.
+        # TorchScript turns every exception of an operator into its own kind of RuntimeError, and shows the code around
+        # the call.
         with pytest.raises((type(native), RuntimeError), match=text):
             loss_function(input, target, **weights)
         return
@@ -123,7 +124,8 @@ def test_bad_tensors_of_probabilities(case: str, loss_function: Callable[..., Te
 
 @pytest.mark.parametrize("loss_function", [*WITH_LOGITS[:-1], *PROBABILITIES[:-1]], ids=lambda f: f.__name__)
 def test_a_complex_target_raises(loss_function: Callable[..., Tensor], device: str) -> None:
-    # Native gives a complex loss with logits, whose meaning nobody has defined, and raises RuntimeError with probabilities.
+    # Native gives a complex loss with logits, whose meaning nobody has defined, and raises RuntimeError with
+    # probabilities.
     with pytest.raises(RuntimeError, match="expected a real target, but got ComplexFloat"):
         loss_function(X.sigmoid().to(device), Y.cfloat().to(device))
 

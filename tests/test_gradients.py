@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-
 import reference
+import torch
 from callables import PROBABILITIES, WITH_LOGITS, Loss, functional, operator
 from reference import REDUCTIONS, make_logits, make_probabilities, make_targets, make_weights, reduced, ulp_error
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 SHAPE = (2, 1, 3)  # numerical derivatives are taken element by element: few will do
 
@@ -247,7 +246,8 @@ def test_a_float16_mean_does_not_underflow_under_a_gradient_scaler(
 
 @parametrize_reduction
 def test_a_scaler_of_65536_under_autocast(reduction: str, device: str) -> None:
-    # The first scale of torch.amp.GradScaler, larger than any float16: the loss is float32 under autocast, its gradient float16.
+    # The first scale of torch.amp.GradScaler, larger than any float16: the loss is float32 under autocast, its gradient
+    # float16.
     input = (make_logits((300_007,), torch.float16, device) - 8).requires_grad_()
     target = torch.zeros_like(input)
     scale = 65536.0 if reduction == "mean" else 16.0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import reference
 import torch
+from reference import BLOCK, CHUNK, REDUCTIONS, make_logits, make_targets, make_weights
 from torch import Tensor
 
 import bce_ext.functional as F
-import reference
-from reference import BLOCK, CHUNK, REDUCTIONS, make_logits, make_targets, make_weights
 
 # (Each layout takes a contiguous tensor, and gives one of the same values that lies in memory in another way.)
 Layout = Callable[[Tensor], Tensor]
@@ -67,7 +67,8 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 DENSE: tuple[Layout, ...] = (contiguous, transposed, reversed_dims, channels_last, offset)
 
-# Batch, channels, height, width: no size divides another, the rows are no multiple of a vector, and all of it is more than a block.
+# Batch, channels, height, width: no size divides another, the rows are no multiple of a vector, and all of it is more
+# than a block.
 IMAGES = (4, 3, 11, 37)
 
 

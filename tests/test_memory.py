@@ -18,8 +18,9 @@ NUMEL = 16 * 2**20
 MIB = 2**20
 SLACK = 2 * MIB
 
-# Measures in a fresh process, where no freed memory of an earlier test hides an allocation. A first small run loads and starts what is needed once:
-# threads, their stacks, the autograd engine. Then the peak is reset, and read after the run.
+# Measures in a fresh process, where no freed memory of an earlier test hides an allocation. A first small run loads and
+# starts what is needed once: threads, their stacks, the autograd engine. Then the peak is reset, and read after the
+# run.
 MEASURE = """
 import sys
 import torch

@@ -25,7 +25,8 @@ FUNCTIONS = [
 LOGITS, TARGETS = [8.0, -3.0, 0.0, 1.0, 5.0, -2.0], [-3.0, 7.0, 4.0, -2.0, -9.0, 6.0]
 PROBABILITIES, LABELS = [0.4, 0.8, 0.6, 0.3, 0.0, 0.5], [0.2, 0.9, 0.4, 0.1, 0.8, 0.5]
 
-# Arguments of the modules as tutorials give them: of every dtype and dimension, used with the six elements above, flat or in two rows.
+# Arguments of the modules as tutorials give them: of every dtype and dimension, used with the six elements above, flat
+# or in two rows.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "default": {},
     "none": {"reduction": "none"},

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from reference import make_logits, make_probabilities, make_targets, make_weights
+from torch import Tensor
 
 OPS = torch.ops.bce_ext
 

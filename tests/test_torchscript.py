@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from reference import REDUCTION_NUMBER, REDUCTIONS
 from torch import Tensor, nn
 
 import bce_ext
 import bce_ext.functional
 from bce_ext.functional import binary_cross_entropy, binary_cross_entropy_with_logits
-from reference import REDUCTION_NUMBER, REDUCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 
 LIBRARY = Path(bce_ext.__file__).with_name("libbce_ext.so")
 
-# Loads a scripted program and its input, runs forward and backward twice each (TorchScript optimises after it has seen a call), saves the results.
+# Loads a scripted program and its input, runs forward and backward twice each (TorchScript optimises after it has seen
+# a call), saves the results.
 LOAD_AND_RUN = """
 import sys
 import torch

@@ -28,8 +28,10 @@ FORMULAS: dict[str, tuple[Loss, ...]] = {
     "probabilities": (probabilities_module, probabilities_functional, probabilities_operator),
 }
 CALLS = [pytest.param(formula, loss, id=loss.__name__) for formula, losses in FORMULAS.items() for loss in losses]
+# One of each formula where a test takes long: the ways to call differ in what stands before the operator only.
+OPERATORS = [call for call in CALLS if call.id in ("operator", "function", "probabilities_operator")]
 WEIGHTED = ["plain", "weighted"]
-SHAPE = (3, 4)
+SHAPE = (2, 3)
 
 pytestmark = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 
@@ -87,7 +89,7 @@ def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def same(actual: object, expected: object) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)
@@ -108,7 +110,7 @@ def test_func_grad_vjp_and_jvp(formula: str, loss: Loss, weighted: str, reductio
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)
-@pytest.mark.parametrize(("formula", "loss"), CALLS)
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_func_jacobians_and_hessian(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:
     case = Case(formula, loss, weighted, reduction, device)
     for argument in range(len(case.tensors)):
@@ -176,7 +178,7 @@ def test_forward_mode(formula: str, loss: Loss, weighted: str, reduction: str, d
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)
-@pytest.mark.parametrize(("formula", "loss"), CALLS)
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_gradcheck_in_all_modes(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:
     case = Case(formula, loss, weighted, reduction, device)
     leaves = tuple(tensor.clone().requires_grad_() for tensor in case.tensors)
@@ -188,24 +190,25 @@ def test_gradcheck_in_all_modes(formula: str, loss: Loss, weighted: str, reducti
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)
-@pytest.mark.parametrize(("formula", "loss"), CALLS)
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_third_derivative(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:
     case = Case(formula, loss, weighted, reduction, device)
 
     def third(function: Callable[..., Tensor]) -> Tensor:
         leaf = case.input.clone().requires_grad_()
         value = scalar(function)(leaf, *case.tensors[1:])
+        cotangent = torch.linspace(0.5, 1.5, leaf.numel(), dtype=leaf.dtype, device=device).view_as(leaf)
         for _ in range(2):
             (derivative,) = torch.autograd.grad(value, leaf, create_graph=True)
             assert derivative.requires_grad
-            value = (derivative * derivative.detach().sin()).sum()
+            value = (derivative * cotangent).sum()
         (derivative,) = torch.autograd.grad(value, leaf)
         return derivative
 
     same(third(case.ours), third(case.formula))
 
 
-@pytest.mark.parametrize(("formula", "loss"), CALLS)
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_autograd_functional(formula: str, loss: Loss, reduction: str, device: str) -> None:
     case = Case(formula, loss, "plain", reduction, device)
     fixed = case.tensors[1:]
@@ -226,7 +229,7 @@ def test_autograd_functional(formula: str, loss: Loss, reduction: str, device: s
     )
 
 
-@pytest.mark.parametrize(("formula", "loss"), CALLS)
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_batched_gradients(formula: str, loss: Loss, reduction: str, device: str) -> None:
     """is_grads_batched runs backward itself under vmap: through the fast path, not the formula."""
     case = Case(formula, loss, "plain", reduction, device)

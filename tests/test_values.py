@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
-from torch import Tensor
-
-import bce_ext.functional as F
 import reference
+import torch
 from reference import (
     BLOCK,
     CHUNK,
@@ -25,6 +22,9 @@ from reference import (
     make_weights,
     reduced,
 )
+from torch import Tensor
+
+import bce_ext.functional as F
 
 SHAPES = [
     (),  # a scalar
@@ -102,7 +102,8 @@ def test_logits_of_every_shape_and_dtype(
     )
     assert loss.dtype == grad_input.dtype == dtype
     assert_terms(loss, grad_input, grad_target, expected, arithmetic_dtype(dtype))
-    # Without a gradient for the target the loss and its gradient come out of one pass, without any gradient out of another.
+    # Without a gradient for the target the loss and its gradient come out of one pass, without any gradient out of
+    # another.
     alone = input.detach().requires_grad_()
     loss_of_pass = F.binary_cross_entropy_with_logits(alone, target, reduction=reduction)
     assert torch.equal(loss_of_pass, loss) or loss.isnan().all()
@@ -171,7 +172,8 @@ def test_weights_of_probabilities_broadcast(weight_shape: str | None, reduction:
     assert_terms(*actual, expected, torch.float32)
 
 
-# The last dimension below, at and above a block, so that a weight of it is a tile, or is not; 3 rows end in the middle of blocks.
+# The last dimension below, at and above a block, so that a weight of it is a tile, or is not; 3 rows end in the middle
+# of blocks.
 @pytest.mark.parametrize("classes", [1, 3, LANES, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, CHUNK + 1])
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 def test_class_weights_of_every_length(classes: int, dtype: torch.dtype, device: str) -> None:
@@ -224,7 +226,8 @@ def test_targets_and_weights_outside_of_their_usual_range(dtype: torch.dtype, re
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_mean_of_many_elements_loses_nothing(dtype: torch.dtype, device: str) -> None:
-    # More than 2^24 elements: a float32 sum would have long lost the last bits of each, and a bfloat16 one would stop at 256 of them.
+    # More than 2^24 elements: a float32 sum would have long lost the last bits of each, and a bfloat16 one would stop
+    # at 256 of them.
     numel = 2**24 + 1
     input = torch.full((1,), 0.1, dtype=dtype, device=device).expand(numel)
     target = torch.zeros(1, dtype=dtype, device=device).expand(numel)

@@ -10,16 +10,6 @@
 namespace bce_ext {
 namespace {
 
-// The operands of one call, on the current device. A 0-d CPU tensor goes with any device.
-void check_same_gpu(const Tensor& input, std::initializer_list<OptionalTensor> others) {
-  for (const OptionalTensor& other : others) {
-    if (!is_defined(other)) continue;
-    TORCH_CHECK(other->device() == input.device() || (other->dim() == 0 && other->is_cpu()),
-                "bce_ext: expected all tensors on the device of input (", input.device(), "), but got one on ",
-                other->device());
-  }
-}
-
 Tensor empty_output(const Pass& pass, const Tensor& like, at::ScalarType dtype) {
   return at::empty_strided(pass.sizes(), pass.strides(), like.options().dtype(dtype));
 }
@@ -38,7 +28,6 @@ Tensor run_and_sum(const Problem& problem, int64_t divisor, const Tensor& input,
 Tensor loss_cuda(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, bool with_logits, bool reduce, int64_t divisor,
                  at::ScalarType dtype) {
-  check_same_gpu(input, {target, weight, pos_weight});
   const c10::cuda::CUDAGuard guard(input.device());
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   pass.problem.reduce = reduce;
@@ -52,7 +41,6 @@ Tensor loss_cuda(const Tensor& input, const Tensor& target, const OptionalTensor
 std::tuple<Tensor, Tensor> loss_and_grad_cuda(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                               const OptionalTensor& pos_weight, bool with_logits, int64_t divisor,
                                               at::ScalarType dtype) {
-  check_same_gpu(input, {target, weight, pos_weight});
   const c10::cuda::CUDAGuard guard(input.device());
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   Tensor grad_input = empty_output(pass, input, input.scalar_type());
@@ -65,7 +53,6 @@ std::tuple<Tensor, Tensor> loss_and_grad_cuda(const Tensor& input, const Tensor&
 std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                          const OptionalTensor& weight, const OptionalTensor& pos_weight,
                                          bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
-  check_same_gpu(input, {grad_output, target, weight, pos_weight});
   const c10::cuda::CUDAGuard guard(input.device());
   Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
@@ -79,9 +66,8 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor
 }
 
 void scale_grad_cuda(Tensor& grad, const Tensor& grad_output) {
-  check_same_gpu(grad, {grad_output});
   const bool is_supported = grad.is_non_overlapping_and_dense() && at::isFloatingType(grad.scalar_type()) &&
-                            grad_output.numel() == 1 && grad_output.is_cuda() &&
+                            grad_output.numel() == 1 && grad_output.device() == grad.device() &&
                             at::isFloatingType(grad_output.scalar_type());
   if (!is_supported) {
     grad.mul_(grad_output);

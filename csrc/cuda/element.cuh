@@ -39,7 +39,7 @@ __device__ __forceinline__ T from_compute(C value) {
   if constexpr (std::is_same_v<T, __half>) {
     return __float2half_rn(static_cast<float>(value));
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(static_cast<float>(value));
+    return __float2bfloat16(static_cast<float>(value));
   } else {
     return static_cast<T>(value);
   }

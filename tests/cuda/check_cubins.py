@@ -108,7 +108,8 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        return f"{self.base}<{', '.join(DISPLAYED.get(parameter, parameter) for parameter in self.parameters)}>"
+        parameters = ", ".join(DISPLAYED.get(parameter, parameter) for parameter in self.parameters)
+        return f"{self.base}<{parameters}>" if parameters else self.base
 
     @property
     def threads(self) -> int:

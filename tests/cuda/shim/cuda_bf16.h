@@ -16,7 +16,7 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   return result;
 }
 
-inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+inline __nv_bfloat16 __float2bfloat16(float value) {
   if (std::isnan(value)) return {0x7fff};
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

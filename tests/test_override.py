@@ -1,0 +1,285 @@
+"""enable(), disable() and fused(): torch's own functions and modules use ours, everywhere in the process, and it is undone exactly."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy as imported_early
+from torch.nn.functional import binary_cross_entropy_with_logits as imported_early_with_logits
+from torch.overrides import TorchFunctionMode
+
+import bce_ext
+
+FUNCTIONS = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+
+
+def state() -> list[object]:
+    """Everything of torch that could have been changed."""
+    modules = (torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss)
+    attributes = [
+        (f, f.__code__, f.__module__, f.__name__, f.__qualname__, f.__defaults__, f.__doc__, dict(f.__dict__)) for f in FUNCTIONS
+    ]
+    return [attributes, dict(vars(F)), [dict(vars(m)) for m in modules]]
+
+
+@pytest.fixture(autouse=True)
+def _undone_exactly() -> Iterator[None]:
+    before = state()
+    yield
+    bce_ext.disable()
+    assert state() == before
+
+
+TAIL = torch.tensor([-20.0]), torch.tensor([0.0])  # native's loss is 0 there
+LARGE = torch.tensor([1e-30], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
+
+
+def is_ours(with_logits: Callable[..., Tensor] = F.binary_cross_entropy_with_logits) -> bool:
+    return bool(with_logits(*TAIL) > 0)
+
+
+def operators_of(function: Callable[..., Tensor], *arguments: Tensor) -> set[str]:
+    with torch.profiler.profile() as profiler:
+        function(*arguments)
+    return {event.key for event in profiler.key_averages()}
+
+
+EXISTING = torch.nn.BCEWithLogitsLoss()
+
+CALLERS: dict[str, Callable[..., Tensor]] = {
+    "functional": lambda *a: F.binary_cross_entropy(*a),
+    "functional_with_logits": lambda *a: F.binary_cross_entropy_with_logits(*a),
+    "imported_early": imported_early,
+    "imported_early_with_logits": imported_early_with_logits,
+    "existing_module": EXISTING,
+    "new_module": lambda *a: torch.nn.BCELoss()(*a),
+    "new_module_with_logits": lambda *a: torch.nn.BCEWithLogitsLoss(reduction="sum")(*a),
+    "subclass": lambda *a: type("Custom", (torch.nn.BCEWithLogitsLoss,), {})()(*a),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_every_caller_is_routed_and_back(caller: str) -> None:
+    input, target = torch.rand(4, 5), torch.rand(4, 5)
+    call = CALLERS[caller]
+    native = operators_of(call, input, target)
+    with bce_ext.fused():
+        routed = operators_of(call, input, target)
+    assert any(name.startswith("bce_ext::binary_cross_entropy") for name in routed)
+    assert not any(name.startswith("aten::binary_cross_entropy") for name in routed)
+    assert operators_of(call, input, target) == native
+    assert not any(name.startswith("bce_ext") for name in native)
+
+
+def test_same_losses_and_gradients_with_all_arguments() -> None:
+    weight, pos_weight = torch.rand(4, 1), torch.rand(5)
+    for reduction in ("none", "mean", "sum"):
+        for function, extra in ((FUNCTIONS[0], {}), (FUNCTIONS[1], {"pos_weight": pos_weight})):
+            results = []
+            for route in (None, bce_ext.fused()):
+                torch.manual_seed(0)
+                input = torch.rand(4, 5, requires_grad=True)
+                target = torch.rand(4, 5, requires_grad=True)
+                if route is not None:
+                    route.__enter__()
+                loss = function(input, target, weight, reduction=reduction, **extra)
+                loss.sum().backward()
+                if route is not None:
+                    route.__exit__(None, None, None)
+                results.append((loss, input.grad, target.grad))
+            torch.testing.assert_close(*results)
+
+
+def test_deprecated_arguments_and_errors() -> None:
+    with bce_ext.fused():
+        with pytest.warns(UserWarning, match="reduction='sum'"):
+            F.binary_cross_entropy_with_logits(*TAIL, size_average=False)
+        with pytest.raises(ValueError, match="Target size"):
+            F.binary_cross_entropy_with_logits(torch.zeros(3), torch.zeros(4))
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            F.binary_cross_entropy(torch.zeros(3), torch.zeros(3), reduction="average")
+
+
+def test_enable_and_disable_are_idempotent() -> None:
+    bce_ext.disable()
+    assert not is_ours()
+    for _ in range(2):
+        bce_ext.enable()
+        assert is_ours()
+    bce_ext.disable()
+    assert not is_ours()
+
+
+def test_blocks_nest_and_survive_exceptions() -> None:
+    with bce_ext.fused():
+        with bce_ext.fused():
+            assert is_ours()
+        assert is_ours()
+        with pytest.raises(KeyError), bce_ext.fused():
+            raise KeyError
+        assert is_ours()
+    assert not is_ours()
+    with pytest.raises(KeyError), bce_ext.fused():
+        raise KeyError
+    assert not is_ours()
+
+
+def test_blocks_and_enable_are_independent() -> None:
+    with bce_ext.fused():
+        bce_ext.disable()  # nothing had been enabled
+        assert is_ours()
+        bce_ext.enable()
+    assert is_ours()
+    with bce_ext.fused():
+        bce_ext.disable()
+        assert is_ours()
+    assert not is_ours()
+
+
+def test_as_a_decorator() -> None:
+    @bce_ext.fused()
+    def inside() -> bool:
+        return is_ours()
+
+    assert inside()
+    assert inside()
+    assert not is_ours()
+
+
+def test_all_threads_are_routed() -> None:
+    seen: list[bool] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        seen.append(is_ours())
+        entered.set()
+        go_on.wait(10)
+        seen.append(is_ours())
+
+    bce_ext.enable()
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait(10)
+    bce_ext.disable()
+    go_on.set()
+    thread.join()
+    assert seen == [True, False]
+
+
+def test_overlapping_blocks_of_many_threads() -> None:
+    wrong: list[bool] = []
+
+    def work() -> None:
+        for _ in range(100):
+            with bce_ext.fused():
+                if not is_ours():
+                    wrong.append(True)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not is_ours()
+
+
+def test_torch_functions_see_torchs_own_function() -> None:
+    seen: list[object] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with bce_ext.fused(), Mode():
+        F.binary_cross_entropy_with_logits(*TAIL)
+        F.binary_cross_entropy(*LARGE)
+    assert F.binary_cross_entropy_with_logits in seen
+    assert F.binary_cross_entropy in seen
+
+
+def test_pickle_and_deepcopy_while_enabled() -> None:
+    bce_ext.enable()
+    for function in FUNCTIONS:
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert copy.deepcopy(function) is function
+    loss = pickle.loads(pickle.dumps(torch.nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))))
+    assert type(loss) is torch.nn.BCEWithLogitsLoss
+    assert is_ours(loss)
+
+
+@pytest.mark.parametrize("subject", ["user_function", "module", "function"])
+def test_compiled_code_follows(subject: str) -> None:
+    """Recompiled when it is switched, and never answered from a cache that was filled in the other state."""
+    torch._dynamo.reset()
+
+    def user_function(input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(input, target)
+
+    callee = {"user_function": user_function, "module": EXISTING, "function": F.binary_cross_entropy_with_logits}[subject]
+    compiled = torch.compile(callee, fullgraph=True, backend="aot_eager")
+    for on in (False, True, False, True):
+        (bce_ext.enable if on else bce_ext.disable)()
+        assert is_ours(compiled) == on
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", ["native", "fused"])
+def test_the_compile_cache_on_disk_keeps_them_apart(first: str, tmp_path: Path) -> None:
+    """The cache knows functions of torch.nn.functional by their name alone."""
+    program = """
+import sys, torch, bce_ext
+import torch.nn.functional as F
+if sys.argv[1] == "fused":
+    bce_ext.enable()
+compiled = torch.compile(lambda x, y: F.binary_cross_entropy_with_logits(x, y), fullgraph=True)
+print("fused" if compiled(torch.full((3,), -20.0), torch.zeros(3)) > 0 else "native")
+"""
+    second = {"native": "fused", "fused": "native"}[first]
+    for mode in (first, second):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", program, mode], capture_output=True, text=True, env=environment, check=True
+        )
+        assert result.stdout.split() == [mode], result.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_keeps_what_it_was_compiled_into() -> None:
+    """Script compiles torch's own source, whichever code is switched on, so that nothing of ours stays behind in its caches. Trace records what runs."""
+
+    def user_function(input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(input, target)
+
+    with bce_ext.fused():
+        assert not is_ours(torch.jit.script(user_function))
+        assert not is_ours(torch.jit.script(torch.nn.BCEWithLogitsLoss()))
+        traced = torch.jit.trace(user_function, TAIL)
+    assert not is_ours(torch.jit.script(user_function))
+    assert is_ours(traced)
+
+
+def test_export_within_a_block() -> None:
+    with bce_ext.fused():
+        program = torch.export.export(EXISTING, TAIL)
+    assert is_ours(program.module())
+
+
+def test_transforms_are_routed() -> None:
+    input = TAIL[0]
+    with bce_ext.fused():
+        assert torch.func.grad(lambda x: F.binary_cross_entropy_with_logits(x, TAIL[1]))(input) > 0
+        batched = torch.func.vmap(F.binary_cross_entropy_with_logits)(input.expand(3, 1), TAIL[1].expand(3, 1))
+    assert (batched > 0).all()

@@ -193,6 +193,7 @@ std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Te
                                              const OptionalTensor& pos_weight, bool with_logits, c10::SymInt divisor,
                                              std::array<bool, 2> output_mask) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
+  check_arguments(arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
   if (differentiable || has_tangent(grad_output) || needs_composite(arguments)) {
     return composite_backward(grad_output, arguments, divisor, output_mask);
@@ -205,6 +206,7 @@ std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Te
 Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
                      bool reduce, c10::SymInt divisor, at::ScalarType dtype) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
+  check_arguments(arguments);
   if (needs_graph(arguments) || needs_composite(arguments)) {
     if (!reduce) return composite_loss(arguments, at::Reduction::None, dtype);
     const Tensor sum = composite_loss(arguments, at::Reduction::Sum, dtype);
@@ -217,6 +219,7 @@ Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTe
 std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                                   const OptionalTensor& pos_weight, bool with_logits, c10::SymInt divisor, at::ScalarType dtype) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
+  check_arguments(arguments);
   if (needs_graph(arguments) || needs_composite(arguments)) {
     Tensor loss = loss_autograd(input, target, weight, pos_weight, with_logits, /*reduce=*/true, divisor, dtype);
     return {loss, std::get<0>(composite_backward(at::ones_like(loss), arguments, divisor, {true, false}))};

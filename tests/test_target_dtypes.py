@@ -1,0 +1,139 @@
+"""Targets of every dtype, mixed floating dtypes, numbers as weights: the right answer without a cast of full size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import bce_ext
+import reference
+from callables import Loss, functional, module, operator, probabilities_functional, probabilities_module, probabilities_operator
+
+WITH_LOGITS = (module, functional, operator)
+PROBABILITIES = (probabilities_module, probabilities_functional, probabilities_operator)
+
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FLOAT8 = [
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+]
+
+both = pytest.mark.parametrize("loss", [functional, probabilities_functional], ids=lambda f: f.__name__)
+every_loss = pytest.mark.parametrize("loss", WITH_LOGITS + PROBABILITIES, ids=lambda f: f.__name__)
+every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+
+
+def make_input(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    make = reference.make_logits if loss in WITH_LOGITS else reference.make_probabilities
+    return make(shape, dtype, device)
+
+
+def labels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """0 and 1, by way of float32: not every dtype has random numbers, and float8_e8m0fnu has no 0."""
+    hard = (torch.rand(shape, device=device) > 0.5).float()
+    return (hard if dtype.is_floating_point is False or "e8m0" not in str(dtype) else torch.ones_like(hard)).to(dtype)
+
+
+@every_reduction
+@every_loss
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("target_dtype", INTEGERS + FLOATS + FLOAT8, ids=str)
+def test_every_target_dtype(loss: Loss, target_dtype: torch.dtype, dtype: torch.dtype, reduction: str, device: str) -> None:
+    input = make_input(loss, (5, 33), dtype, device).requires_grad_()
+    target = labels((5, 33), target_dtype, device)
+    formula = reference.with_logits if loss in WITH_LOGITS else reference.probabilities
+    expected = reference.reduced(formula(input, target.float() if target_dtype in FLOAT8 else target), reduction)
+    actual = loss(input, target, reduction=reduction)
+    if target_dtype in INTEGERS:
+        assert actual.dtype == dtype
+    elif target_dtype in FLOATS:
+        assert actual.dtype == torch.promote_types(dtype, target_dtype)
+    arithmetic = reference.arithmetic_dtype(dtype, target_dtype)
+    reference.assert_rounded_once(actual, expected.loss, expected.loss_scale, arithmetic, ulps=16)
+    actual.sum().backward()
+    assert input.grad is not None
+    assert input.grad.dtype == dtype
+    reference.assert_rounded_once(input.grad, expected.grad_input, expected.grad_input_scale, arithmetic, ulps=16)
+
+
+@both
+@pytest.mark.parametrize("target_dtype", INTEGERS + FLOAT8, ids=str)
+def test_every_target_dtype_under_transforms(loss: Loss, target_dtype: torch.dtype, device: str) -> None:
+    """The formula that serves transforms takes them too."""
+    input = make_input(loss, (5, 3), torch.float32, device)
+    target = labels((5, 3), target_dtype, device)
+    number = target.float()
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: loss(x, target))(input), torch.func.grad(lambda x: loss(x, number))(input)
+    )
+    torch.testing.assert_close(torch.func.vmap(loss)(input, target), torch.func.vmap(loss)(input, number))
+    leaf = input.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf, target), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    (first,) = torch.autograd.grad(loss(leaf, number), leaf, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(first.sum(), leaf)[0])
+
+
+@both
+@pytest.mark.parametrize("target_dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_cast_of_full_size(loss: Loss, dtype: torch.dtype, target_dtype: torch.dtype, device: str) -> None:
+    """Nothing is allocated but the gradient; the target has a stride of its own, so that no copy could make it dense either."""
+    rows, classes = 300, 1000
+    input = make_input(loss, (rows, classes), dtype, device).requires_grad_()
+    target = labels((rows, 2 * classes), target_dtype, device)[:, ::2]
+    loss(input, target)  # what is allocated once only
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss(input, target)
+    allocated = sum(max(event.self_device_memory_usage, event.self_cpu_memory_usage, 0) for event in profiler.events())
+    assert allocated <= rows * classes * dtype.itemsize + 8192
+
+
+@every_reduction
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_numbers_as_weights(dtype: torch.dtype, reduction: str, device: str) -> None:
+    input = reference.make_logits((5, 7), dtype, device)
+    target = labels((5, 7), torch.bool, device)
+    per_class = torch.linspace(0.5, 2, 7, device=device)
+    functions = bce_ext.functional
+    for weight, pos_weight in ((0.3, None), (None, 3), (0.3, 3.0), (0.3, per_class), (per_class, 3)):
+        expected = reference.reduced(
+            reference.with_logits(input, target, *(w if w is None else torch.as_tensor(w, device=device) for w in (weight, pos_weight))),
+            reduction,
+        )
+        for actual in (
+            functions.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight),
+            bce_ext.BCEWithLogitsLoss(weight, reduction=reduction, pos_weight=pos_weight).to(device)(input, target),
+        ):
+            assert actual.dtype == dtype
+            reference.assert_rounded_once(actual, expected.loss, expected.loss_scale, reference.arithmetic_dtype(dtype), ulps=16)
+    probabilities = reference.make_probabilities((5, 7), dtype, device)
+    torch.testing.assert_close(
+        functions.binary_cross_entropy(probabilities, target, 2.0, reduction=reduction),
+        functions.binary_cross_entropy(probabilities, target, torch.tensor(2.0, device=device), reduction=reduction),
+    )
+    assert bce_ext.BCELoss(2.0, reduction=reduction).to(device)(probabilities, target).dtype == dtype
+
+
+@every_reduction
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 1), (5, 7)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_weights_that_require_grad(dtype: torch.dtype, shape: tuple[int, ...], reduction: str, device: str) -> None:
+    """Native refuses the gradient of both."""
+    input = reference.make_logits((5, 7), dtype, device)
+    target = reference.make_targets((5, 7), dtype, device)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        weight = reference.make_weights(shape, torch.float32, device).to(dtype).requires_grad_()
+        pos_weight = reference.make_weights(shape, torch.float32, device, seed=5).to(dtype).requires_grad_()
+        leaf = input.detach().to(dtype).requires_grad_()
+        loss = functional(leaf, target.to(dtype), weight, pos_weight, reduction)
+        return list(torch.autograd.grad(loss.sum(), (leaf, weight, pos_weight)))
+
+    for actual, expected in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)

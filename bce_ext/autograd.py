@@ -54,7 +54,8 @@ class BCEWithLogitsFunction(torch.autograd.Function):
         if not keeps_gradient or input.dtype == torch.float16:
             ctx.gradient = None
             return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction)  # type: ignore[no-any-return]
-        dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+        promotes = target.is_floating_point() and target.itemsize > 1  # the 8-bit floats are for storage
+        dtype = torch.promote_types(input.dtype, target.dtype) if promotes else input.dtype
         loss, ctx.gradient = torch.ops.bce_ext._bce_loss_and_grad(
             input, target, weight, pos_weight, True, _divisor(input, reduction), dtype
         )

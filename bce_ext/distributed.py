@@ -1,8 +1,9 @@
 """How the operators act on shards of a :class:`torch.distributed.tensor.DTensor`.
 
-The loss of a sharded batch is the sum of the losses of its shards, and the gradient of a shard needs that shard only: the operators are linear in shards, since
-the divisor of a mean is an argument of theirs. So logits, targets and gradients that are sharded on any dimension, evenly or not, stay where they are; a reduced
-loss comes out as ``Partial("sum")``, everything else sharded as the input. Weights that have the sharded dimension are sharded along with it.
+The loss of a sharded batch is the sum of the losses of its shards, and the gradient of a shard needs that shard only: the operators are linear in
+shards, since the divisor of a mean is an argument of theirs. So logits, targets and gradients that are sharded on any dimension, evenly or not, stay
+where they are; a reduced loss comes out as ``Partial("sum")``, everything else sharded as the input. Weights that have the sharded dimension are sharded
+along with it.
 
 DTensor is imported by those who use it, not by this package: the rules are registered when that happens.
 """
@@ -15,12 +16,9 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 __all__ = ["register_when_imported"]
 
@@ -104,7 +102,7 @@ def _register() -> None:
 
         columns = []  # for each dimension of the mesh: the placements of the outputs, then those of the operands
         for of_input, of_target in zip(input.placements, target.placements, strict=True):
-            shard = next((each for each in (of_input, of_target) if each.is_shard()), None)
+            shard: Any = next((each for each in (of_input, of_target) if each.is_shard()), None)
             if shard is None or (takes_mean and input.shape[shard.dim] % mesh.size() != 0):
                 columns.append(outputs_of(op, arguments, Replicate()) + [Replicate()] * len(operands))
                 continue

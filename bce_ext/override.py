@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from types import CodeType, FunctionType
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
@@ -81,7 +81,7 @@ def _fused_with_logits(
 ) -> Tensor:
     # Runs with the globals of torch.nn.functional: a __torch_function__ sees torch's function, whose name this is there.
     if has_torch_function_variadic(input, target, weight, pos_weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             binary_cross_entropy_with_logits,
             (input, target, weight, pos_weight),
             input,
@@ -108,7 +108,7 @@ def _fused(
     reduction: str = "mean",
 ) -> Tensor:
     if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             binary_cross_entropy,
             (input, target, weight),
             input,
@@ -126,12 +126,12 @@ def _fused(
 class _Routed:
     """One function of torch, its own code and the code that stands in for it."""
 
-    def __init__(self, function: Any, stand_in: FunctionType) -> None:
-        self.function: FunctionType = function
+    def __init__(self, function: Callable[..., Tensor], stand_in: Callable[..., Tensor]) -> None:
+        self.function = cast(FunctionType, function)
         self.own_code = self.function.__code__
         self.own_module = self.function.__module__
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
-        self.code: CodeType = stand_in.__code__.replace(
+        self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
             co_name=self.own_code.co_name,
             co_filename=self.own_code.co_filename,
             co_firstlineno=self.own_code.co_firstlineno,

@@ -1,8 +1,9 @@
 // The gradient graph of the public operators.
 //
-// mean and sum: forward computes the loss and the gradient in one pass and keeps the gradient; backward hands it over, scaled by grad_output where
-// that is not 1. none: forward keeps nothing but the inputs, backward computes from them. Whatever asks for more than that (a transform, a forward-mode
-// tangent, a weight that requires grad, a second derivative) gets the composite formula of composite.cpp.
+// mean and sum: forward computes the loss and the gradient in one pass and keeps the gradient; backward hands it over,
+// scaled by grad_output where that is not 1. none: forward keeps nothing but the inputs, backward computes from them.
+// Whatever asks for more than that (a transform, a forward-mode tangent, a weight that requires grad, a second
+// derivative) gets the composite formula of composite.cpp.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
@@ -32,8 +33,8 @@ bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGra
 bool requires_grad(const OptionalTensor& tensor) { return is_defined(tensor) && tensor->requires_grad(); }
 
 bool needs_composite(const Arguments& arguments) {
-  return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) || has_tangent(arguments.target) ||
-         has_tangent(arguments.weight) || has_tangent(arguments.pos_weight) ||
+  return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) ||
+         has_tangent(arguments.target) || has_tangent(arguments.weight) || has_tangent(arguments.pos_weight) ||
          (at::GradMode::is_enabled() && (requires_grad(arguments.weight) || requires_grad(arguments.pos_weight)));
 }
 
@@ -41,12 +42,14 @@ bool needs_graph(const Arguments& arguments) {
   return at::GradMode::is_enabled() && (arguments.input.requires_grad() || arguments.target.requires_grad());
 }
 
-// Whether the tensor is memory and nothing else: no subclass, no tracer, no transform that would want to see every operation on it.
+// Whether the tensor is memory and nothing else: no subclass, no tracer, no transform that would want to see every
+// operation on it.
 bool is_plain(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet wrapped(
-      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-       c10::DispatchKey::FuncTorchGradWrapper});
-  return !tensor.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !transform_is_active();
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper});
+  return !tensor.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !transform_is_active();
 }
 
 // `grad` belongs to the caller alone.
@@ -59,8 +62,8 @@ Tensor scaled(Tensor grad, const Tensor& grad_output) {
   return (grad * grad_output).to(grad.scalar_type());
 }
 
-// A float16 gradient of a mean would underflow before the factor of a gradient scaler reached it, so it is computed in backward with the
-// factor known: that moves no more bytes than to store, load and scale it.
+// A float16 gradient of a mean would underflow before the factor of a gradient scaler reached it, so it is computed in
+// backward with the factor known: that moves no more bytes than to store, load and scale it.
 bool stores_gradient(const Arguments& arguments, int64_t reduction) {
   return reduction != at::Reduction::None && arguments.input.requires_grad() && !arguments.target.requires_grad() &&
          arguments.input.scalar_type() != at::kHalf;
@@ -75,8 +78,12 @@ struct Options {
   int64_t reduction;
   at::ScalarType dtype;
 
-  int64_t pack() const { return (static_cast<int64_t>(dtype) << 3) | (reduction << 1) | static_cast<int64_t>(with_logits); }
-  static Options unpack(int64_t packed) { return {(packed & 1) != 0, (packed >> 1) & 3, static_cast<at::ScalarType>(packed >> 3)}; }
+  int64_t pack() const {
+    return (static_cast<int64_t>(dtype) << 3) | (reduction << 1) | static_cast<int64_t>(with_logits);
+  }
+  static Options unpack(int64_t packed) {
+    return {(packed & 1) != 0, (packed >> 1) & 3, static_cast<at::ScalarType>(packed >> 3)};
+  }
 };
 
 struct BCEFunction {
@@ -105,8 +112,8 @@ struct BCEFunction {
     auto& saved_data = ctx->saved_data;
     const auto stored = saved_data.find(kGradient);
     if (stored != saved_data.end() && stored->second.isTensor() && !at::GradMode::is_enabled()) {
-      // Handed over once and for all: nobody else may see the tensor scaled, or scale it again. A second backward through a retained graph
-      // computes it anew.
+      // Handed over once and for all: nobody else may see the tensor scaled, or scale it again. A second backward
+      // through a retained graph computes it anew.
       Tensor gradient = std::move(stored->second).toTensor();
       stored->second = c10::IValue();
       return {scaled(std::move(gradient), grad_output), Tensor()};
@@ -126,11 +133,11 @@ struct BCEFunction {
     auto [grad_input, grad_target] = bce_backward(grad_output, arguments, divisor, wanted);
     return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
   }
-
 };
 
-// What torch::autograd::Function::apply sets up, without its general part (the arguments of any type, in-place and view outputs, a
-// demangled name), which takes longer than a small loss. It takes no arguments but input and target: weights that require grad never come here.
+// What torch::autograd::Function::apply sets up, without its general part (the arguments of any type, in-place and view
+// outputs, a demangled name), which takes longer than a small loss. It takes no arguments but input and target: weights
+// that require grad never come here.
 struct BCENode : torch::autograd::CppNode<BCEFunction> {
   std::string name() const override { return "BCEBackward"; }
 };
@@ -168,30 +175,31 @@ Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::Sc
   return loss_with_node(arguments, reduction, dtype);
 }
 
-Tensor with_logits_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                            int64_t reduction) {
+Tensor with_logits_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                            const OptionalTensor& pos_weight, int64_t reduction) {
   const Arguments arguments{input, target, weight, pos_weight, /*with_logits=*/true};
   check_arguments(arguments);
   check_reduction(reduction);
   return differentiable_loss(arguments, reduction, loss_dtype(arguments));
 }
 
-Tensor probabilities_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
+Tensor probabilities_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                              int64_t reduction) {
   const Arguments arguments{input, target, weight, std::nullopt, /*with_logits=*/false};
   check_arguments(arguments);
   check_reduction(reduction);
   return differentiable_loss(arguments, reduction, loss_dtype(arguments));
 }
 
-Tensor bce_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
-                    int64_t reduction, at::ScalarType dtype) {
+Tensor bce_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                    const OptionalTensor& pos_weight, bool with_logits, int64_t reduction, at::ScalarType dtype) {
   return differentiable_loss({input, target, weight, pos_weight, with_logits}, reduction, dtype);
 }
 
 // The derivative of the derivative: through the composite formula, never dropped.
-std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                             const OptionalTensor& pos_weight, bool with_logits, c10::SymInt divisor,
-                                             std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                                             const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                             bool with_logits, c10::SymInt divisor, std::array<bool, 2> output_mask) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
   check_arguments(arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
@@ -202,9 +210,11 @@ std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Te
   return bce_backward(grad_output, arguments, std::move(divisor), output_mask);
 }
 
-// The remaining operators are called below autograd; who calls them by hand gets derivatives of the loss, and of the gradient beside it.
-Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
-                     bool reduce, c10::SymInt divisor, at::ScalarType dtype) {
+// The remaining operators are called below autograd; who calls them by hand gets derivatives of the loss, and of the
+// gradient beside it.
+Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     const OptionalTensor& pos_weight, bool with_logits, bool reduce, c10::SymInt divisor,
+                     at::ScalarType dtype) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
   check_arguments(arguments);
   if (needs_graph(arguments) || needs_composite(arguments)) {
@@ -216,8 +226,9 @@ Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTe
   return bce_loss(arguments, reduce, std::move(divisor), dtype);
 }
 
-std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                                  const OptionalTensor& pos_weight, bool with_logits, c10::SymInt divisor, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Tensor& input, const Tensor& target,
+                                                  const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                                  bool with_logits, c10::SymInt divisor, at::ScalarType dtype) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
   check_arguments(arguments);
   if (needs_graph(arguments) || needs_composite(arguments)) {

@@ -1,5 +1,6 @@
-// The loss and its gradient as differentiable formulas in ATen operations. They serve every caller that the fused kernels do not: functorch
-// transforms, forward-mode AD, double backward, weights that require grad, and devices without a kernel.
+// The loss and its gradient as differentiable formulas in ATen operations. They serve every caller that the fused
+// kernels do not: functorch transforms, forward-mode AD, double backward, weights that require grad, and devices
+// without a kernel.
 #pragma once
 
 #include "ops.h"
@@ -8,8 +9,9 @@ namespace bce_ext {
 
 Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype);
 
-// The gradients with respect to input and target of sum(grad_output * loss) / divisor. What output_mask does not ask for is an empty tensor.
-std::tuple<Tensor, Tensor> composite_backward(const Tensor& grad_output, const Arguments& arguments, const c10::SymInt& divisor,
-                                              std::array<bool, 2> output_mask);
+// The gradients with respect to input and target of sum(grad_output * loss) / divisor. What output_mask does not ask
+// for is an empty tensor.
+std::tuple<Tensor, Tensor> composite_backward(const Tensor& grad_output, const Arguments& arguments,
+                                              const c10::SymInt& divisor, std::array<bool, 2> output_mask);
 
 }  // namespace bce_ext

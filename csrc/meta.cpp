@@ -1,4 +1,5 @@
-// The operators on tensors without memory: what shape, dtype and layout comes out. torch.compile, export and fake tensors ask this.
+// The operators on tensors without memory: what shape, dtype and layout comes out. torch.compile, export and fake
+// tensors ask this.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -8,24 +9,27 @@ namespace bce_ext {
 namespace {
 
 // As Pass lays outputs out: dense, in the memory order of the input.
-Tensor empty_output(const Tensor& like, at::ScalarType dtype) { return at::empty_like(like, like.options().dtype(dtype)); }
+Tensor empty_output(const Tensor& like, at::ScalarType dtype) {
+  return at::empty_like(like, like.options().dtype(dtype));
+}
 
-Tensor loss_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                 bool with_logits, bool reduce, c10::SymInt /*divisor*/, at::ScalarType dtype) {
+Tensor loss_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 const OptionalTensor& pos_weight, bool with_logits, bool reduce, c10::SymInt /*divisor*/,
+                 at::ScalarType dtype) {
   check_arguments({input, target, weight, pos_weight, with_logits});
   return reduce ? at::empty({}, input.options().dtype(dtype)) : empty_output(input, dtype);
 }
 
 std::tuple<Tensor, Tensor> loss_and_grad_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                              const OptionalTensor& pos_weight, bool with_logits, c10::SymInt /*divisor*/,
-                                              at::ScalarType dtype) {
+                                              const OptionalTensor& pos_weight, bool with_logits,
+                                              c10::SymInt /*divisor*/, at::ScalarType dtype) {
   check_arguments({input, target, weight, pos_weight, with_logits});
   return {at::empty({}, input.options().dtype(dtype)), empty_output(input, input.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor> backward_meta(const Tensor& /*grad_output*/, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                         const OptionalTensor& pos_weight, bool with_logits, c10::SymInt /*divisor*/,
-                                         std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> backward_meta(const Tensor& /*grad_output*/, const Tensor& input, const Tensor& target,
+                                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                         bool with_logits, c10::SymInt /*divisor*/, std::array<bool, 2> output_mask) {
   check_arguments({input, target, weight, pos_weight, with_logits});
   return {output_mask[0] ? empty_output(input, input.scalar_type()) : at::empty({0}, input.options()),
           output_mask[1] ? empty_output(input, target.scalar_type()) : at::empty({0}, target.options())};

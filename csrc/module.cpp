@@ -49,15 +49,16 @@ py::dict build_info() {
 }
 
 // ---- calls ----
-// torch.ops looks an operator up by name and matches its schema at every call. For a small loss that takes longer than the loss, so the functions of
-// bce_ext.functional come here.
+// torch.ops looks an operator up by name and matches its schema at every call. For a small loss that takes longer than
+// the loss, so the functions of bce_ext.functional come here.
 
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Native raises AttributeError or TypeError for something that is no tensor, as it happens to fail. This is both.
 PyObject* argument_type_error() {
   static PyObject* const type = [] {
-    const py::tuple bases = py::make_tuple(py::reinterpret_borrow<py::object>(PyExc_TypeError), py::reinterpret_borrow<py::object>(PyExc_AttributeError));
+    const py::tuple bases = py::make_tuple(py::reinterpret_borrow<py::object>(PyExc_TypeError),
+                                           py::reinterpret_borrow<py::object>(PyExc_AttributeError));
     return PyErr_NewException("bce_ext.ArgumentTypeError", bases.ptr(), nullptr);
   }();
   return type;
@@ -65,7 +66,8 @@ PyObject* argument_type_error() {
 
 const at::Tensor& as_tensor(py::handle value, const char* function, const char* argument) {
   if (!THPVariable_Check(value.ptr())) {
-    PyErr_Format(argument_type_error(), "%s: expected %s to be a Tensor, but got %s", function, argument, Py_TYPE(value.ptr())->tp_name);
+    PyErr_Format(argument_type_error(), "%s: expected %s to be a Tensor, but got %s", function, argument,
+                 Py_TYPE(value.ptr())->tp_name);
     throw py::error_already_set();
   }
   return THPVariable_Unpack(value.ptr());
@@ -74,22 +76,26 @@ const at::Tensor& as_tensor(py::handle value, const char* function, const char* 
 // A number becomes a 0-d tensor, which broadcasts and goes with any device.
 OptionalTensor as_weight(py::handle value, const char* function, const char* argument) {
   if (value.is_none()) return std::nullopt;
-  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return at::scalar_tensor(value.cast<double>(), at::kDouble);
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
+    return at::scalar_tensor(value.cast<double>(), at::kDouble);
   return as_tensor(value, function, argument);
 }
 
 // torch.jit.trace records what goes through torch.ops.
-py::object named_operator(const char* name) { return py::module_::import("torch").attr("ops").attr("bce_ext").attr(name); }
+py::object named_operator(const char* name) {
+  return py::module_::import("torch").attr("ops").attr("bce_ext").attr(name);
+}
 
 py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
 
-py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight, py::handle pos_weight, int64_t reduction) {
+py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight,
+                                            py::handle pos_weight, int64_t reduction) {
   constexpr auto kName = "binary_cross_entropy_with_logits";
   if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, weight, pos_weight, reduction);
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                               const OptionalTensor&, int64_t)>();
   const at::Tensor& x = as_tensor(input, kName, "input");
   const at::Tensor& y = as_tensor(target, kName, "target");
   const OptionalTensor w = as_weight(weight, kName, "weight");

@@ -1,5 +1,5 @@
-// The operators of the family: the arguments that they share, the checks of these arguments, and calls through the dispatcher. The schemas stand
-// in ops.cpp.
+// The operators of the family: the arguments that they share, the checks of these arguments, and calls through the
+// dispatcher. The schemas stand in ops.cpp.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -22,13 +22,15 @@ struct Arguments {
   const Tensor& target;
   const OptionalTensor& weight;
   const OptionalTensor& pos_weight;
-  bool with_logits;  // logits and the formula of binary_cross_entropy_with_logits; else probabilities and binary_cross_entropy
+  bool with_logits;  // logits and the formula of binary_cross_entropy_with_logits; else probabilities and
+                     // binary_cross_entropy
 };
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// Raise what torch raises for the same mistake: ValueError for the size of the target or the reduction, RuntimeError for weights that do not broadcast
-// and for mixed devices, NotImplementedError for logits that are not real floating point numbers in a strided tensor.
+// Raise what torch raises for the same mistake: ValueError for the size of the target or the reduction, RuntimeError
+// for weights that do not broadcast and for mixed devices, NotImplementedError for logits that are not real floating
+// point numbers in a strided tensor.
 void check_arguments(const Arguments& arguments);
 void check_reduction(int64_t reduction);
 

@@ -10,20 +10,34 @@ namespace {
 
 std::optional<Dtype> dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kBool: return Dtype::Bool;
-    case at::kByte: return Dtype::UInt8;
-    case at::kChar: return Dtype::Int8;
-    case at::kShort: return Dtype::Int16;
-    case at::kUInt16: return Dtype::UInt16;
-    case at::kInt: return Dtype::Int32;
-    case at::kUInt32: return Dtype::UInt32;
-    case at::kLong: return Dtype::Int64;
-    case at::kUInt64: return Dtype::UInt64;
-    case at::kHalf: return Dtype::Half;
-    case at::kBFloat16: return Dtype::BFloat16;
-    case at::kFloat: return Dtype::Float;
-    case at::kDouble: return Dtype::Double;
-    default: return std::nullopt;  // the 8-bit floats and what is still to come
+    case at::kBool:
+      return Dtype::Bool;
+    case at::kByte:
+      return Dtype::UInt8;
+    case at::kChar:
+      return Dtype::Int8;
+    case at::kShort:
+      return Dtype::Int16;
+    case at::kUInt16:
+      return Dtype::UInt16;
+    case at::kInt:
+      return Dtype::Int32;
+    case at::kUInt32:
+      return Dtype::UInt32;
+    case at::kLong:
+      return Dtype::Int64;
+    case at::kUInt64:
+      return Dtype::UInt64;
+    case at::kHalf:
+      return Dtype::Half;
+    case at::kBFloat16:
+      return Dtype::BFloat16;
+    case at::kFloat:
+      return Dtype::Float;
+    case at::kDouble:
+      return Dtype::Double;
+    default:
+      return std::nullopt;  // the 8-bit floats and what is still to come
   }
 }
 

@@ -1,4 +1,5 @@
-// From tensors to the Problem that a kernel solves: the order in which the elements are walked, and how every operand lies relative to it.
+// From tensors to the Problem that a kernel solves: the order in which the elements are walked, and how every operand
+// lies relative to it.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -13,7 +14,8 @@ class Pass {
   // `grad_output`: null in the forward direction. `dtype`: of the loss.
   Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_output = nullptr);
 
-  // The sizes and strides of the outputs: dense, in the memory order of the input, so that channels_last stays channels_last.
+  // The sizes and strides of the outputs: dense, in the memory order of the input, so that channels_last stays
+  // channels_last.
   at::IntArrayRef sizes() const { return input_.sizes(); }
   at::IntArrayRef strides() const { return strides_; }
 

@@ -1,5 +1,5 @@
-// The problem that a kernel solves, in plain C++: raw pointers, element types and strides, nothing of ATen. The host code fills it in
-// (ops.cpp), the CPU and CUDA kernels read it.
+// The problem that a kernel solves, in plain C++: raw pointers, element types and strides, nothing of ATen. The host
+// code fills it in (ops.cpp), the CPU and CUDA kernels read it.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ enum class Dtype : int8_t {
   Double,
 };
 
-// Walks of more dimensions than this, after neighbours have been collapsed, are made contiguous by the host before a kernel sees them.
+// Walks of more dimensions than this, after neighbours have been collapsed, are made contiguous by the host before a
+// kernel sees them.
 constexpr int kMaxDims = 8;
 
 // How an operand lies in memory relative to the walk over the elements.
@@ -31,7 +32,8 @@ enum class Layout : int8_t {
   Absent,   // not given: the value is 1 everywhere
   Scalar,   // one value for all elements: data[0]
   Flat,     // element i of the walk is data[i]
-  Strided,  // element with walk coordinates c is data[sum_d c[d] * strides[d]]; a stride may be 0 (broadcast) or negative
+  Strided,  // element with walk coordinates c is data[sum_d c[d] * strides[d]]; a stride may be 0 (broadcast) or
+            // negative
 };
 
 // Something that is read: logits or probabilities, targets, weights, the incoming gradient.
@@ -50,12 +52,11 @@ struct Output {
 
 enum class Formula : int8_t { WithLogits, Probabilities };
 
-// One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input, grad_target) the terms
-// of bce_math.h for the weight w * g:
+// One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input,
+// grad_target) the terms of bce_math.h for the weight w * g:
 //   output loss         = loss
-//   sum                += loss                       (when `reduce`; in float64, in an order that depends on numel alone)
-//   output grad_input   = scale * grad_input
-//   output grad_target  = scale * grad_target
+//   sum                += loss                       (when `reduce`; in float64, in an order that depends on numel
+//   alone) output grad_input   = scale * grad_input output grad_target  = scale * grad_target
 // The walk visits the elements in the order in which the outputs lie in memory.
 struct Problem {
   Formula formula = Formula::WithLogits;
@@ -64,7 +65,7 @@ struct Problem {
   double scale = 1.0;
 
   int64_t numel = 0;
-  int ndim = 0;  // of the collapsed walk; 0 or 1 when every operand is Flat, Scalar or Absent
+  int ndim = 0;                  // of the collapsed walk; 0 or 1 when every operand is Flat, Scalar or Absent
   int64_t sizes[kMaxDims] = {};  // outermost first
 
   Operand input, target, weight, pos_weight, grad_output;

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-import reference
 from callables import (
     Loss,
     functional,
@@ -18,6 +15,8 @@ from callables import (
     probabilities_module,
     probabilities_operator,
 )
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 WITH_LOGITS = (module, functional, operator)
 PROBABILITIES = (probabilities_module, probabilities_functional, probabilities_operator)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import bce_ext
@@ -107,7 +108,9 @@ def dtensor() -> Any:
     for shape, dim, formula, reduction, weights in DTENSOR_CASES:
         torch.manual_seed(0)
         input, target = torch.rand(shape), torch.rand(shape)
-        weight = {"none": None, "class": torch.rand(shape[1:]), "full": torch.rand(shape), "scalar": torch.rand(())}[weights]
+        weight = {"none": None, "class": torch.rand(shape[1:]), "full": torch.rand(shape), "scalar": torch.rand(())}[
+            weights
+        ]
         name = "weight" if formula == "probabilities" else "pos_weight"
         function = (
             bce_ext.functional.binary_cross_entropy
@@ -120,7 +123,10 @@ def dtensor() -> Any:
         expected = function(input, target, reduction=reduction, **{name: weight})
         expected_gradients = torch.autograd.grad(expected.sum(), leaves)
 
-        sharded = [distribute_tensor(each.detach(), mesh, [Shard(dim)]).requires_grad_(each.requires_grad) for each in (input, target)]
+        sharded = [
+            distribute_tensor(each.detach(), mesh, [Shard(dim)]).requires_grad_(each.requires_grad)
+            for each in (input, target)
+        ]
         sharded_weight = None if weight is None else distribute_tensor(weight, mesh, [Replicate()])
         sharded_leaves = [leaf for leaf in sharded if leaf.requires_grad]
         with CommDebugMode() as communication:
@@ -145,6 +151,23 @@ def dtensor() -> Any:
 
 
 @scenario
+def native_dtensor() -> Any:
+    """How far native's mean is off, where the shards are even and where they are not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    errors = []
+    for shape in ((6, 3), (5, 3)):
+        torch.manual_seed(0)
+        input, target = torch.rand(shape), torch.rand(shape)
+        sharded = [distribute_tensor(each, mesh, [Shard(0)]) for each in (input, target)]
+        loss: Any = F.binary_cross_entropy(*sharded)
+        errors.append((loss.full_tensor() - F.binary_cross_entropy(input, target)).abs().item())
+    return errors
+
+
+@scenario
 def dtensor_two_dimensional() -> Any:
     """Batch and classes sharded at once, on a mesh of two dimensions."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -156,7 +179,9 @@ def dtensor_two_dimensional() -> Any:
     expected = bce_ext.functional.binary_cross_entropy_with_logits(input, target)
     (expected_gradient,) = torch.autograd.grad(expected, input)
     sharded = distribute_tensor(input.detach(), mesh, [Shard(0), Shard(1)]).requires_grad_()
-    loss = bce_ext.functional.binary_cross_entropy_with_logits(sharded, distribute_tensor(target, mesh, [Shard(0), Shard(1)]))
+    loss = bce_ext.functional.binary_cross_entropy_with_logits(
+        sharded, distribute_tensor(target, mesh, [Shard(0), Shard(1)])
+    )
     (gradient,) = torch.autograd.grad(loss, sharded)
     torch.testing.assert_close(loss.full_tensor(), expected.detach())  # type: ignore[attr-defined]
     torch.testing.assert_close(gradient.full_tensor(), expected_gradient)
@@ -240,6 +265,14 @@ def test_dtensor_is_not_gathered(index: int, outcomes: dict[str, list[Any]]) -> 
         assert loss_placement == (f"(Shard(dim={dim}),)" if reduction == "none" else "(Partial(sum),)")
         assert all(placement == f"(Shard(dim={dim}),)" for placement in gradient_placements)
         assert not communication
+
+
+def test_native_dtensor(outcomes: dict[str, list[Any]]) -> None:
+    """Native averages the means of the shards, as if all were of one size."""
+    for even, uneven in outcomes["native_dtensor"]:
+        assert even < 1e-6
+        if uneven < 1e-6:
+            pytest.skip("this torch has it right: docs/compatibility.md should say so")
 
 
 def test_dtensor_on_a_mesh_of_two_dimensions(outcomes: dict[str, list[Any]]) -> None:

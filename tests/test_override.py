@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def state() -> list[object]:
     """Everything of torch that could have been changed."""
     methods = [m.__dict__["forward"] for m in (torch.nn.BCELoss, torch.nn.BCEWithLogitsLoss)]
     attributes = [
-        (f, f.__code__, f.__module__, f.__name__, f.__qualname__, f.__defaults__, f.__doc__, dict(f.__dict__)) for f in FUNCTIONS
+        (f, f.__code__, f.__module__, f.__name__, f.__qualname__, f.__defaults__, f.__doc__, dict(f.__dict__))
+        for f in FUNCTIONS
     ]
     return [attributes, dict(vars(F)), [(method, method.__code__) for method in methods]]
 
@@ -199,7 +201,7 @@ def test_torch_functions_see_torchs_own_function() -> None:
     seen: list[object] = []
 
     class Mode(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
@@ -228,7 +230,9 @@ def test_compiled_code_follows(subject: str) -> None:
     def user_function(input: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(input, target)
 
-    callee = {"user_function": user_function, "module": EXISTING, "function": F.binary_cross_entropy_with_logits}[subject]
+    callee = {"user_function": user_function, "module": EXISTING, "function": F.binary_cross_entropy_with_logits}[
+        subject
+    ]
     compiled = torch.compile(callee, fullgraph=True, backend="aot_eager")
     for on in (False, True, False, True):
         (bce_ext.enable if on else bce_ext.disable)()

@@ -10,9 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from callables import (
+    Loss,
+    functional,
+    module,
+    operator,
+    probabilities_functional,
+    probabilities_module,
+    probabilities_operator,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -20,8 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bce_ext
-import reference
-from callables import Loss, functional, module, operator, probabilities_functional, probabilities_module, probabilities_operator
 
 LOSSES = (module, functional, operator, probabilities_module, probabilities_functional, probabilities_operator)
 
@@ -29,7 +37,9 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 
 
-def make(loss: Loss, device: str, shape: tuple[int, ...] = (4, 6), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def make(
+    loss: Loss, device: str, shape: tuple[int, ...] = (4, 6), dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     make_input = reference.make_logits if loss in LOSSES[:3] else reference.make_probabilities
     return make_input(shape, dtype, device), reference.make_targets(shape, dtype, device)
 
@@ -129,7 +139,9 @@ def test_a_subclass_that_pytorch_tests_with(loss: Loss, reduction: str, device: 
     torch.testing.assert_close([actual.a, actual.b], expected)
     torch._dynamo.reset()
     leaf = two.clone().requires_grad_()
-    compiled = torch.compile(lambda x, y: loss(x, y, reduction=reduction), backend="aot_eager", fullgraph=True)(leaf, both)
+    compiled = torch.compile(lambda x, y: loss(x, y, reduction=reduction), backend="aot_eager", fullgraph=True)(
+        leaf, both
+    )
     torch.testing.assert_close([compiled.a, compiled.b], expected)
     compiled.sum().backward()
     gradient: Any = leaf.grad
@@ -171,11 +183,11 @@ def test_inference_mode(loss: Loss, reduction: str, device: str) -> None:
         assert from_inside.is_inference()
     torch.testing.assert_close(from_outside, expected, rtol=0, atol=0)
     torch.testing.assert_close(from_inside, expected, rtol=0, atol=0)
-    # Inference tensors as constants of a graph, where native refuses to save them.
+    # Refused as constants of a graph, as by native.
     leaf = input.clone().requires_grad_()
+    with torch.inference_mode():
+        constant = target.clone()
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
-        with torch.inference_mode():
-            constant = target.clone()
         loss(leaf, constant, reduction=reduction)
 
 
@@ -213,7 +225,10 @@ def test_saved_tensor_hooks(loss: Loss, reduction: str, device: str) -> None:
         packed.append(tensor)
         return tensor.clone()
 
-    for context in (torch.autograd.graph.save_on_cpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)):
+    for context in (
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         leaf = input.clone().requires_grad_()
         with context:
             value = loss(leaf, target, reduction=reduction)
@@ -304,7 +319,9 @@ def test_expanded_inputs(loss: Loss, reduction: str, device: str) -> None:
     for sizes in ((4, 6), (3, 4, 6)):
         leaf, expected_leaf = input.clone().requires_grad_(), input.clone().requires_grad_()
         actual = loss(leaf.expand(sizes), target.expand(sizes), reduction=reduction)
-        expected = loss(expected_leaf.expand(sizes).contiguous(), target.expand(sizes).contiguous(), reduction=reduction)
+        expected = loss(
+            expected_leaf.expand(sizes).contiguous(), target.expand(sizes).contiguous(), reduction=reduction
+        )
         torch.testing.assert_close(actual, expected)
         actual.sum().backward()
         expected.sum().backward()

@@ -6,12 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
+import reference
 import torch
 import torch.autograd.forward_ad as fwAD
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-
-import reference
 from callables import (
     Loss,
     function,
@@ -22,6 +19,8 @@ from callables import (
     probabilities_module,
     probabilities_operator,
 )
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 FORMULAS: dict[str, tuple[Loss, ...]] = {
     "with_logits": (module, functional, operator, function),
@@ -261,7 +260,7 @@ def test_transforms_are_as_exact_as_the_kernel(dtype: torch.dtype, transform: st
             truth = expected.grad_input
         elif transform == "jvp":
             tangent = torch.ones_like(x)
-            _, actual = torch.func.jvp(lambda x: loss(x, y), (x,), (tangent,))
+            _, actual = torch.func.jvp(loss, (x, y), (tangent, torch.zeros_like(y)))
             truth = expected.grad_input if reduction == "none" else expected.grad_input.sum()
         else:
             actual = torch.func.vmap(loss)(x.expand(2, -1), y.expand(2, -1))[0]

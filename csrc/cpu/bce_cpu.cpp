@@ -1,4 +1,5 @@
-// The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in block_kernel.
+// The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in
+// block_kernel.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -25,8 +26,8 @@ Isa isa() {
   return chosen;
 }
 
-// Half of the time of a large pass would go into page faults of the fresh output, 4 KiB at a time. Asking for huge pages before the first touch
-// takes one fault for 2 MiB.
+// Half of the time of a large pass would go into page faults of the fresh output, 4 KiB at a time. Asking for huge
+// pages before the first touch takes one fault for 2 MiB.
 void advise_huge_pages(const Tensor& tensor) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -34,7 +35,8 @@ void advise_huge_pages(const Tensor& tensor) {
   const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: where it is refused, nothing is lost but time
+  madvise(reinterpret_cast<void*>(first), last - first,
+          MADV_HUGEPAGE);  // a hint: where it is refused, nothing is lost but time
 #endif
 }
 
@@ -44,8 +46,8 @@ Tensor empty_output(const Pass& pass, const Tensor& like, at::ScalarType dtype) 
   return output;
 }
 
-// Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are added in order, so the
-// result does not depend on the number of threads.
+// Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
+// added in order, so the result does not depend on the number of threads.
 double run(const Problem& problem) {
   const int64_t chunks = (problem.numel + kChunk - 1) / kChunk;
   const ChunkKernel kernel = chunk_kernel(problem, isa());
@@ -73,8 +75,9 @@ Tensor scalar_loss(double sum, int64_t divisor, const Tensor& input, at::ScalarT
   return loss;
 }
 
-Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight, bool with_logits,
-                bool reduce, int64_t divisor, at::ScalarType dtype) {
+Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                const OptionalTensor& pos_weight, bool with_logits, bool reduce, int64_t divisor,
+                at::ScalarType dtype) {
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   pass.problem.reduce = reduce;
   if (reduce) return scalar_loss(run(pass.problem), divisor, input, dtype);
@@ -85,7 +88,8 @@ Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor&
 }
 
 std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                             const OptionalTensor& pos_weight, bool with_logits, int64_t divisor, at::ScalarType dtype) {
+                                             const OptionalTensor& pos_weight, bool with_logits, int64_t divisor,
+                                             at::ScalarType dtype) {
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   Tensor grad_input = empty_output(pass, input, input.scalar_type());
   pass.problem.reduce = true;
@@ -94,12 +98,14 @@ std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& 
   return {scalar_loss(run(pass.problem), divisor, input, dtype), std::move(grad_input)};
 }
 
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                        const OptionalTensor& pos_weight, bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                                        const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                        bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
   Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
   Tensor grad_input = output_mask[0] ? empty_output(pass, input, input.scalar_type()) : at::empty({0}, input.options());
-  Tensor grad_target = output_mask[1] ? empty_output(pass, target, target.scalar_type()) : at::empty({0}, target.options());
+  Tensor grad_target =
+      output_mask[1] ? empty_output(pass, target, target.scalar_type()) : at::empty({0}, target.options());
   if (output_mask[0]) pass.problem.grad_input = output_of(grad_input);
   if (output_mask[1]) pass.problem.grad_target = output_of(grad_target);
   run(pass.problem);
@@ -107,8 +113,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor&
 }
 
 void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
-  const bool is_one = AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
-                                                      [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
+  const bool is_one =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
+                                      [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
   if (!is_one) grad.mul_(grad_output);
 }
 

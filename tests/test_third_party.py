@@ -1,0 +1,143 @@
+"""Packages from PyPI that call BCE by themselves, unchanged, under bce_ext.fused(): the same losses, gradients and trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bce_ext
+
+
+def operators_of(function: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile() as profiler:
+        function()
+    return {event.key for event in profiler.key_averages()}
+
+
+def assert_same_training(make: Callable[[], tuple[torch.nn.Module, Callable[[], Tensor]]], steps: int = 4) -> None:
+    """`make` returns a model and what computes its loss. Trained natively and under fused(), from the same start."""
+    histories = []
+    for context in (nullcontext(), bce_ext.fused()):
+        torch.manual_seed(0)
+        model, objective = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        history: list[Any] = []
+        with context:
+            for _ in range(steps):
+                loss = objective()
+                optimizer.zero_grad()
+                loss.backward()
+                gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+                optimizer.step()
+                history.append((loss.detach(), [gradient for gradient in gradients if gradient is not None]))
+            if isinstance(context, nullcontext):
+                assert not any(name.startswith("bce_ext") for name in operators_of(objective))
+            else:
+                names = operators_of(objective)
+                assert any(name.startswith("bce_ext::") for name in names)
+                assert not any(name.startswith("aten::binary_cross_entropy") for name in names)
+        histories.append((history, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*histories, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_transformers_multi_label_head(labels: str, device: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=5,
+        problem_type="multi_label_classification",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+    def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+        model = transformers.BertForSequenceClassification(config).to(device).train()
+        tokens = torch.randint(50, (6, 12), device=device)
+        target = torch.rand(6, 5, device=device)
+        target = target.round() if labels == "hard" else target
+        return model, lambda: model(input_ids=tokens, labels=target).loss
+
+    assert_same_training(make)
+
+
+TIMM_OPTIONS = [
+    {},
+    {"smoothing": 0.0},
+    {"target_threshold": 0.2},
+    {"sum_classes": True},
+    {"reduction": "sum"},
+    {"pos_weight": 2.0},
+]
+
+
+@pytest.mark.parametrize("targets", ["classes", "dense"])
+@pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
+def test_timm_binary_cross_entropy(options: dict[str, Any], targets: str, device: str) -> None:
+    timm_loss = pytest.importorskip("timm.loss", reason="timm needs torchvision", exc_type=ImportError)
+
+    def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).to(device)
+        loss = timm_loss.BinaryCrossEntropy(**options).to(device)
+        input = torch.randn(7, 8, device=device)
+        target = torch.randint(5, (7,), device=device) if targets == "classes" else torch.rand(7, 5, device=device)
+        return model, lambda: loss(model(input), target)
+
+    assert_same_training(make)
+
+
+SMP_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"smooth_factor": 0.1},
+    {"ignore_index": None},
+    {"reduction": "sum"},
+    {"pos_weight": torch.tensor([0.5, 2.0, 1.0]).view(3, 1, 1)},
+    {"weight": torch.tensor([0.5, 2.0, 1.0]).view(3, 1, 1)},
+]
+
+
+@pytest.mark.parametrize("options", SMP_OPTIONS, ids=str)
+def test_segmentation_models_soft_bce(options: dict[str, Any], device: str) -> None:
+    smp_losses = pytest.importorskip(
+        "segmentation_models_pytorch.losses",
+        reason="segmentation-models-pytorch needs torchvision",
+        exc_type=ImportError,
+    )
+
+    def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+        model = torch.nn.Conv2d(2, 3, 3, padding=1).to(device)
+        loss = smp_losses.SoftBCEWithLogitsLoss(**options).to(device)
+        input = torch.randn(2, 2, 9, 9, device=device)
+        target = torch.rand(2, 3, 9, 9, device=device).round()
+        if options.get("ignore_index", -100) is not None:
+            target[0, 0, :3] = -100
+        return model, lambda: loss(model(input), target)
+
+    assert_same_training(make)
+
+
+def test_segmentation_model_from_the_library(device: str) -> None:
+    """A whole network of the library, its loss under compile's eyes as well: channels_last, bfloat16 autocast."""
+    smp = pytest.importorskip(
+        "segmentation_models_pytorch", reason="segmentation-models-pytorch needs torchvision", exc_type=ImportError
+    )
+
+    def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+        model = smp.Unet("resnet18", encoder_weights=None, classes=2, decoder_channels=(16, 8, 8, 8, 8)).to(device)
+        model = model.to(memory_format=torch.channels_last).eval()  # no batch statistics: they amplify rounding
+        loss = smp.losses.SoftBCEWithLogitsLoss(smooth_factor=0.1)
+        input = torch.randn(1, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
+        target = torch.rand(1, 2, 64, 64, device=device).round()
+        return model, lambda: loss(model(input), target)
+
+    assert_same_training(make, steps=2)

@@ -16,6 +16,11 @@ TORCH_INDEX ?=
 CUDA_TORCH_SPEC ?= torch==2.14.1
 ARGS ?=
 
+# timm and segmentation-models-pytorch need the torchvision of their torch. Installed without dependencies, so that torch stays what it is; beside
+# another torch the tests of them are reported as not run.
+TORCHVISION := $(if $(findstring 2.13.0,$(TORCH_SPEC)),torchvision==0.28.0,$(if $(findstring 2.14.1,$(TORCH_SPEC)),torchvision==0.29.1))
+VISION := $(if $(TORCHVISION),$(TORCHVISION) timm==1.0.31 segmentation-models-pytorch==0.6.0)
+
 PY := $(VENV)/bin/python
 # One stamp for each torch, so that another TORCH_SPEC installs and builds anew.
 TAG := $(subst *,x,$(subst <,,$(subst >,,$(subst =,,$(TORCH_SPEC)))))
@@ -37,10 +42,11 @@ $(PY):
 		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(DEPS): requirements-dev.txt | $(PY)
+$(DEPS): requirements-dev.txt requirements-no-deps.txt | $(PY)
 	rm -f $(VENV)/.deps-* $(VENV)/.built-*
 	$(PY) -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) '$(TORCH_SPEC)'
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(if $(VISION),$(PY) -m pip install --disable-pip-version-check --no-deps $(VISION))
 	touch $@
 
 # The full log is in build/build.log; the terminal gets a line for each file.
@@ -79,7 +85,7 @@ bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 
 # Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
 # its own: only what changed is compiled.
-COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt .clang-format \
+COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt requirements-no-deps.txt .clang-format \
 	bce_ext csrc tests benchmarks examples docs)
 build/%-tree: FORCE
 	@mkdir -p $@

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +13,26 @@ import torch
 from torch import Tensor
 
 import bce_ext
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchvision() -> Iterator[None]:
+    """timm and segmentation-models-pytorch need torchvision. Its operators load only beside the torch that it was built for (not beside a CPU build of torch,
+    where it comes from PyPI), and its import stumbles over those that it registers fakes for. Nothing here calls them, so they are declared in its place."""
+    library = None
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+    yield
+    del library
 
 
 def operators_of(function: Callable[[], object]) -> set[str]:
@@ -82,9 +104,11 @@ TIMM_OPTIONS = [
 
 
 @pytest.mark.parametrize("targets", ["classes", "dense"])
-@pytest.mark.parametrize("options", TIMM_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", TIMM_OPTIONS, ids=lambda options: next(iter(options), "default"))
 def test_timm_binary_cross_entropy(options: dict[str, Any], targets: str, device: str) -> None:
-    timm_loss = pytest.importorskip("timm.loss", reason="timm needs torchvision", exc_type=ImportError)
+    timm_loss = pytest.importorskip(
+        "timm.loss", reason="timm and the torchvision that it needs are not installed", exc_type=ImportError
+    )
 
     def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:
         model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).to(device)
@@ -106,11 +130,11 @@ SMP_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", SMP_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", SMP_OPTIONS, ids=lambda options: next(iter(options), "default"))
 def test_segmentation_models_soft_bce(options: dict[str, Any], device: str) -> None:
     smp_losses = pytest.importorskip(
         "segmentation_models_pytorch.losses",
-        reason="segmentation-models-pytorch needs torchvision",
+        reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
         exc_type=ImportError,
     )
 
@@ -127,9 +151,11 @@ def test_segmentation_models_soft_bce(options: dict[str, Any], device: str) -> N
 
 
 def test_segmentation_model_from_the_library(device: str) -> None:
-    """A whole network of the library, its loss under compile's eyes as well: channels_last, bfloat16 autocast."""
+    """A whole network of the library, in channels_last."""
     smp = pytest.importorskip(
-        "segmentation_models_pytorch", reason="segmentation-models-pytorch needs torchvision", exc_type=ImportError
+        "segmentation_models_pytorch",
+        reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
+        exc_type=ImportError,
     )
 
     def make() -> tuple[torch.nn.Module, Callable[[], Tensor]]:

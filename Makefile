@@ -42,7 +42,7 @@ $(PY):
 		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(DEPS): requirements-dev.txt requirements-no-deps.txt | $(PY)
+$(DEPS): requirements-dev.txt | $(PY)
 	rm -f $(VENV)/.deps-* $(VENV)/.built-*
 	$(PY) -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) '$(TORCH_SPEC)'
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
@@ -85,7 +85,7 @@ bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 
 # Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
 # its own: only what changed is compiled.
-COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt requirements-no-deps.txt .clang-format \
+COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt .clang-format \
 	bce_ext csrc tests benchmarks examples docs)
 build/%-tree: FORCE
 	@mkdir -p $@

@@ -14,7 +14,7 @@ FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Of csrc/cpu: a thread works through chunks of so many elements, in blocks of so many, in lanes of so many. The CUDA
 # kernels have sizes of their own, all of them powers of two at most as large as a chunk.
-LANES, BLOCK, CHUNK = 16, 512, 8192
+LANES, BLOCK, CHUNK = 16, 1024, 8192
 
 
 @dataclass

@@ -32,7 +32,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 PY_TREES := $(wildcard setup.py bce_ext tests benchmarks examples)
 TYPED := $(wildcard bce_ext examples benchmarks)
 
-.PHONY: help deps build demo test lint format bench bench-quick sanitize cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+.PHONY: help deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,14 +93,6 @@ build/%-tree: FORCE
 	@tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $@
 FORCE:
 
-# The extension alone is sanitized, not torch or Python: so the runtime libraries are loaded first, and leaks are not looked for.
-# tests/cuda and tests/kernel sanitize programs of their own.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0
-sanitize: $(DEPS) build/sanitize-tree  ## the tests with the extension under AddressSanitizer and UndefinedBehaviorSanitizer
-	cd build/sanitize-tree && BCE_EXT_FORCE_CUDA=0 BCE_EXT_CXX_FLAGS="-O1 -g $(SANITIZERS)" BCE_EXT_LINK_FLAGS="$(SANITIZERS)" \
-		$(abspath $(PY)) setup.py build_ext --inplace
-	cd build/sanitize-tree && $(SANITIZED) $(abspath $(PY)) -m pytest tests --ignore=tests/cuda --ignore=tests/kernel $(ARGS)
 CUDA_TREE := build/cuda-tree
 IN_CUDA_TREE = env -u TORCH_INDEX BCE_EXT_FORCE_CUDA=1 $(MAKE) -C $(CUDA_TREE) VENV=$(abspath .venv-cuda) TORCH_SPEC='$(CUDA_TORCH_SPEC)' \
 	TORCH_INDEX=

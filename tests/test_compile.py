@@ -191,6 +191,10 @@ def test_export(strict: bool, device: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11's AOTInductor reads a ScalarType argument as another dtype",
+)
 def test_aot_inductor(device: str, tmp_path: Path) -> None:
     model = Model().to(device)
     batch = torch.export.Dim("batch", min=2, max=4096)

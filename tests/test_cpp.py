@@ -40,7 +40,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     if torch.version.cuda is not None:
         link += ["-ltorch_cuda", "-lc10_cuda"]
-    run("g++", "-std=c++17", "-O0", abi, *includes, ROOT / "examples" / "cpp" / "main.cpp", "-o", target, *link)
+    run("g++", "-std=c++20", "-O0", abi, *includes, ROOT / "examples" / "cpp" / "main.cpp", "-o", target, *link)
     return target
 
 

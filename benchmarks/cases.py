@@ -114,27 +114,29 @@ def loss_function(case: Case, implementation: str) -> Callable[..., Tensor]:
 
 def loss_steps(
     case: Case, inputs: Inputs, function: Callable[..., Tensor]
-) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """The forward call, and forward followed by backward."""
-    input, target, grad_output = inputs.input, inputs.target, inputs.grad_output
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Callable[[], None]]:
+    """The forward call, the backward call on its result, and one followed by the other."""
+    # A leaf of its own for each implementation, on the same memory: nobody pays for freeing the gradient of another.
+    input = inputs.input.detach().requires_grad_(inputs.input.requires_grad)
+    target, grad_output = inputs.target, inputs.grad_output
     loss = partial(function, reduction=case.reduction, **inputs.weights)
 
     def forward() -> Tensor:
         return loss(input, target)
 
+    def backward(loss: Tensor) -> None:
+        input.grad = None
+        loss.backward(grad_output)
+
     def full() -> None:
         input.grad = None
         loss(input, target).backward(grad_output)
 
-    return forward, full
+    return forward, backward, full
 
 
 def candidate(case: Case, inputs: Inputs, function: Callable[..., Tensor]) -> Candidate:
-    forward, full = loss_steps(case, inputs, function)
-
-    def backward(loss: Tensor) -> None:
-        inputs.input.grad = None
-        loss.backward(inputs.grad_output)
+    forward, backward, full = loss_steps(case, inputs, function)
 
     match case.mode:
         case "full":
@@ -157,9 +159,11 @@ def reference(case: Case, inputs: Inputs, name: str) -> Candidate:
     def copy() -> None:
         output.copy_(input)
 
+    leaf = input.detach().requires_grad_(inputs.input.requires_grad)
+
     def sum_backward() -> None:
-        inputs.input.grad = None
-        inputs.input.sum().backward()
+        leaf.grad = None
+        leaf.sum().backward()
 
     return repeat({"add": add, "copy": copy, "sum": sum_backward}[name], case.device)
 

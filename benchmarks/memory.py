@@ -13,7 +13,7 @@ def run_memory(cases: Sequence[Case], implementations: Sequence[str]) -> list[Ro
     rows = []
     for case in cases:
         for name in implementations:
-            peak = in_fresh_process({}, peak_memory, case, name)
+            peak = in_fresh_process(peak_memory, case, name)
             logits = case.numel * case.itemsize
             rows.append({**case_row(case, name), "peak_bytes": peak, "peak_over_logits": peak / logits})
     columns = ("dtype", "weights", "reduction", "mode", "numel", "implementation")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -22,37 +23,25 @@ from timing import Timing, measure
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# glibc takes large blocks from the kernel and gives them back at once, so that every new gradient buffer pays page
-# faults. With these settings a freed block stays in the heap and the next call gets it back, pages and all.
-KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 30)}
 
-
-def in_fresh_process(environment: dict[str, str], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    saved = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(function, *args, **kwargs).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args, **kwargs).result()
 
 
 def peak_memory(case: Case, implementation: str) -> int:
     """Peak bytes beyond the inputs. In a fresh process: in an old one the loss could use what others have freed."""
     torch.set_num_threads(case.threads)
-    inputs = Inputs(case)
-    forward, full = loss_steps(case, inputs, loss_function(case, implementation))
+    function = loss_function(case, implementation)
 
-    def step() -> None:
-        if case.mode == "inference":
-            with torch.no_grad():
-                forward()
-        else:
-            full()
-            inputs.input.grad = None
+    def prepare(case: Case) -> Callable[[], None]:
+        forward, _, full = loss_steps(case, Inputs(case), function)
+        return torch.no_grad()(forward) if case.mode == "inference" else full
 
-    step()  # compiles, starts threads: none of it is the memory of the loss
+    # Compiles, starts threads: none of it is the memory of the loss. What is compiled is so for one size only; the
+    # others start with a small one, as we keep the memory of a large gradient that was freed.
+    prepare(case if implementation == "compile" else replace(case, shape=(16,) * len(case.shape)))()
+    step = prepare(case)
     gc.collect()
     if case.device != "cpu":
         torch.cuda.synchronize()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cases import Case, candidates
-from processes import KEEP_PAGES, busy_core, in_fresh_process, peak_memory, timings_and_page_faults
+from processes import busy_core, in_fresh_process, peak_memory, timings_and_page_faults
 from report import Row, case_row, console, print_table
 from rich.progress import track
 from timing import Timing, measure
@@ -86,12 +86,12 @@ def _outcomes(threads: int, seconds: float) -> Iterator[Outcome]:
     case, target = FORWARD
     case = replace(case, threads=threads)
     arguments = (case, ("ours", target.against), seconds)
-    timings, faults = in_fresh_process(KEEP_PAGES, timings_and_page_faults, *arguments)
-    yield _outcome(f"16M, forward, pages kept: {faults:.0f} faults a call", case, target, timings)
+    timings, faults = in_fresh_process(timings_and_page_faults, *arguments)
+    yield _outcome(f"16M, forward: {faults:.0f} page faults a call", case, target, timings)
 
     for case in MEMORY:
         case = replace(case, threads=threads)
-        ours, theirs = (in_fresh_process({}, peak_memory, case, name) for name in ("ours", GRADIENT_ONLY.against))
+        ours, theirs = (in_fresh_process(peak_memory, case, name) for name in ("ours", GRADIENT_ONLY.against))
         share = ours / (case.numel * case.itemsize)
         sides = (f"{ours / 1e6:.0f} MB", f"{theirs / 1e6:.0f} MB")
         yield Outcome(f"16M, weights {case.weights}: peak memory / logits", case, GRADIENT_ONLY, *sides, share)

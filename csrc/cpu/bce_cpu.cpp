@@ -4,13 +4,13 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
 
 #include "../pass.h"
 #include "block_kernel.h"
+#include "output_memory.h"
 
 namespace bce_ext {
 namespace {
@@ -26,24 +26,8 @@ Isa isa() {
   return chosen;
 }
 
-// Half of the time of a large pass would go into page faults of the fresh output, 4 KiB at a time. Asking for huge
-// pages before the first touch takes one fault for 2 MiB.
-void advise_huge_pages(const Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  if (tensor.nbytes() < 2 * kHugePage) return;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(first), last - first,
-          MADV_HUGEPAGE);  // a hint: where it is refused, nothing is lost but time
-#endif
-}
-
-Tensor empty_output(const Pass& pass, const Tensor& like, at::ScalarType dtype) {
-  Tensor output = at::empty_strided(pass.sizes(), pass.strides(), like.options().dtype(dtype));
-  advise_huge_pages(output);
-  return output;
+Tensor empty_output(const Pass& pass, at::ScalarType dtype) {
+  return bce_ext::empty_output(pass.sizes(), pass.strides(), dtype);
 }
 
 // Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
@@ -81,7 +65,7 @@ Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor&
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   pass.problem.reduce = reduce;
   if (reduce) return scalar_loss(run(pass.problem), divisor, input, dtype);
-  Tensor loss = empty_output(pass, input, dtype);
+  Tensor loss = empty_output(pass, dtype);
   pass.problem.loss = output_of(loss);
   run(pass.problem);
   return loss;
@@ -91,7 +75,7 @@ std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& 
                                              const OptionalTensor& pos_weight, bool with_logits, int64_t divisor,
                                              at::ScalarType dtype) {
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
-  Tensor grad_input = empty_output(pass, input, input.scalar_type());
+  Tensor grad_input = empty_output(pass, input.scalar_type());
   pass.problem.reduce = true;
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
   pass.problem.grad_input = output_of(grad_input);
@@ -103,9 +87,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor&
                                         bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
   Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
-  Tensor grad_input = output_mask[0] ? empty_output(pass, input, input.scalar_type()) : at::empty({0}, input.options());
-  Tensor grad_target =
-      output_mask[1] ? empty_output(pass, target, target.scalar_type()) : at::empty({0}, target.options());
+  Tensor grad_input = output_mask[0] ? empty_output(pass, input.scalar_type()) : at::empty({0}, input.options());
+  Tensor grad_target = output_mask[1] ? empty_output(pass, target.scalar_type()) : at::empty({0}, target.options());
   if (output_mask[0]) pass.problem.grad_input = output_of(grad_input);
   if (output_mask[1]) pass.problem.grad_target = output_of(grad_target);
   run(pass.problem);

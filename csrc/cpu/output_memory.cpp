@@ -1,0 +1,145 @@
+// Large outputs, and what the operating system charges for them.
+//
+// A training step writes a gradient of the same size as the step before. The C library returns a large block to the
+// system when it is freed, and gets the next one page by page, each of them cleared first: for a large loss that takes
+// longer than the loss itself. So a few freed blocks are kept. The large ones among them are nobody's while they wait:
+// MADV_FREE lets the system take their pages when it runs short of memory, and those that it did not take can be
+// written to without a page fault.
+#include "output_memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace bce_ext {
+namespace {
+
+constexpr size_t kMiB = size_t{1} << 20;
+constexpr size_t kHugePage = 2 * kMiB;
+constexpr size_t kSmallestKept = 1 * kMiB;   // below, the C library does as well
+constexpr size_t kLargestOwned = 32 * kMiB;  // what the C library, too, keeps as its own at most
+
+// A stretch of memory from c10::alloc_cpu with room for so many bytes of data. What starts a huge page is aligned to
+// it.
+struct Block {
+  void* start;
+  size_t capacity;
+
+  char* data() const {
+    const size_t alignment = capacity < kHugePage ? c10::gAlignment : kHugePage;
+    const auto first = reinterpret_cast<uintptr_t>(start) + sizeof(Block);
+    return reinterpret_cast<char*>((first + alignment - 1) / alignment * alignment);
+  }
+};
+
+Block allocate_block(size_t capacity) {
+  const size_t slack = capacity < kHugePage ? 2 * c10::gAlignment : kHugePage + c10::gAlignment;
+  const Block block{c10::alloc_cpu(capacity + slack), capacity};
+#ifdef MADV_HUGEPAGE
+  // Before the first touch, which then takes one page fault for 2 MiB instead of 512. A hint: where it is refused,
+  // nothing is lost but time.
+  if (capacity >= kHugePage) madvise(block.data(), capacity / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return block;
+}
+
+// Whether a freed block may be kept.
+bool disown(const Block& block) {
+  if (block.capacity <= kLargestOwned) return true;
+#if defined(__linux__) && defined(MADV_FREE)
+  return madvise(block.data(), block.capacity / kHugePage * kHugePage, MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
+
+// Blocks that were freed, the latest last. A lock that is taken means that another thread is here, or was when this
+// process was forked: nobody ever waits for it, all can do without.
+class FreedBlocks {
+ public:
+  // The smallest block that has the capacity and no more than twice of it, of equal ones the latest; no block if there
+  // is none.
+  std::optional<Block> take(size_t capacity) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return std::nullopt;
+    auto best = blocks_.end();
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+      const bool fits = block->capacity >= capacity && block->capacity / 2 <= capacity;
+      if (fits && (best == blocks_.end() || block->capacity <= best->capacity)) best = block;
+    }
+    if (best == blocks_.end()) return std::nullopt;
+    const Block taken = *best;
+    blocks_.erase(best);
+    return taken;
+  }
+
+  void put(Block block) {
+    if (!disown(block)) return c10::free_cpu(block.start);
+    {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (lock) {
+        blocks_.push_back(block);
+        if (blocks_.size() <= kKept) return;
+        block = blocks_.front();
+        blocks_.erase(blocks_.begin());
+      }
+    }
+    c10::free_cpu(block.start);
+  }
+
+ private:
+  static constexpr size_t kKept = 4;  // the outputs of some losses of a model
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+};
+
+FreedBlocks& freed_blocks() {
+  static auto* const blocks = new FreedBlocks;  // never destroyed: tensors are freed until the very end of the process
+  return *blocks;
+}
+
+// The Block of a tensor stands in front of its data.
+Block& block_of(void* data) { return static_cast<Block*>(data)[-1]; }
+
+void free_output(void* data) {
+  c10::profiledCPUMemoryReporter().Delete(data);
+  freed_blocks().put(block_of(data));
+}
+
+class OutputAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t nbytes) override {
+    std::optional<Block> block = freed_blocks().take(nbytes);
+    if (!block) block = allocate_block(nbytes);
+    void* const data = block->data();
+    block_of(data) = *block;
+    c10::profiledCPUMemoryReporter().New(data, nbytes);
+    return {data, data, free_output, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return free_output; }
+
+  void copy_data(void* destination, const void* source, size_t nbytes) const override {
+    default_copy_data(destination, source, nbytes);
+  }
+};
+
+}  // namespace
+
+at::Tensor empty_output(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  if (at::detail::computeStorageNbytes(sizes, strides, c10::elementSize(dtype)) < kSmallestKept) {
+    return at::detail::empty_strided_cpu(sizes, strides, dtype);
+  }
+  static OutputAllocator allocator;
+  constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+  return at::detail::empty_strided_generic(sizes, strides, &allocator, kCpu, dtype);
+}
+
+}  // namespace bce_ext

@@ -1,0 +1,145 @@
+"""The memory of large outputs on a CPU is used again, belongs to nobody meanwhile, and behaves like any tensor's memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import bce_ext.functional as F
+
+MIB = 2**20
+LARGE = 16 * MIB  # elements: 64 MiB, more than the C library keeps
+
+
+def gradient(numel: int, value: float = 0.5) -> Tensor:
+    logits = torch.full((numel,), value, requires_grad=True)
+    F.binary_cross_entropy_with_logits(logits, torch.ones(numel), reduction="sum").backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def expected(value: float) -> float:
+    return float(torch.sigmoid(torch.tensor(value, dtype=torch.float64)) - 1)
+
+
+@pytest.mark.parametrize(
+    "numel",
+    [
+        256 * 1024,  # 1 MiB: the smallest that is kept
+        512 * 1024 - 1,  # just below a huge page
+        512 * 1024,  # one huge page
+        LARGE + 3,  # a last huge page that is not whole
+    ],
+)
+def test_a_freed_gradient_gives_its_memory_to_the_next_of_its_size(numel: int) -> None:
+    first = gradient(numel)
+    address = first.data_ptr()
+    del first
+    assert gradient(numel).data_ptr() == address
+
+
+def test_a_gradient_that_is_alive_keeps_its_memory() -> None:
+    first = gradient(LARGE, 0.25)
+    second = gradient(LARGE, -3.0)
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(first, torch.full_like(first, expected(0.25)))
+    torch.testing.assert_close(second, torch.full_like(second, expected(-3.0)))
+
+
+def test_used_memory_holds_nothing_of_its_past() -> None:
+    gradient(LARGE, 9.0)
+    smaller = gradient(LARGE - 12345, 0.125)
+    torch.testing.assert_close(smaller, torch.full_like(smaller, expected(0.125)))
+
+
+def test_a_much_larger_block_is_not_tied_up_by_a_small_gradient() -> None:
+    large = gradient(LARGE)
+    begin, end = large.data_ptr(), large.data_ptr() + large.nbytes
+    del large
+    assert not begin <= gradient(MIB).data_ptr() < end
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_freed_memory_is_the_systems_to_take() -> None:
+    def lazily_free() -> int:
+        with open("/proc/self/smaps_rollup") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("LazyFree:"))
+
+    large = gradient(LARGE)
+    size = large.nbytes
+    before = lazily_free()
+    del large
+    assert lazily_free() - before >= size - 4 * MIB  # the C library's own part of the block, and the last huge page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    sizes = [MIB * step for step in range(8, 3, -1)]  # 32 to 16 MiB: the largest that are kept as our own
+    for _ in range(2):
+        for numel in sizes:
+            gradient(numel)
+    before = resident()
+    for numel in sizes * 10:
+        gradient(numel + 1000)
+    assert resident() - before < 128 * MIB
+
+
+def test_the_storage_can_be_resized_shared_and_saved() -> None:
+    grad = gradient(MIB, 0.5)
+    grad.resize_(2 * MIB)
+    torch.testing.assert_close(grad[:MIB], torch.full((MIB,), expected(0.5)))
+    grad.resize_(MIB).share_memory_()
+    assert grad.is_shared()
+    torch.testing.assert_close(grad, torch.full((MIB,), expected(0.5)))
+
+
+def test_the_profiler_sees_the_gradient() -> None:
+    logits = torch.zeros(LARGE, requires_grad=True)
+    target = torch.ones(LARGE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        F.binary_cross_entropy_with_logits(logits, target)
+    allocated = max(event.cpu_memory_usage for event in profile.key_averages())
+    assert LARGE * 4 <= allocated < LARGE * 4 + MIB
+
+
+def test_threads_do_not_share_a_block() -> None:
+    values = [0.1, 0.2, 0.3, 0.4]
+    wrong = []
+
+    def train(value: float) -> None:
+        for _ in range(30):
+            grad = gradient(MIB // 2, value)
+            if not torch.allclose(grad, torch.full_like(grad, expected(value))):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=train, args=(value,)) for value in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_parent_and_forked_child_do_not_see_each_others_gradients() -> None:
+    threads = torch.get_num_threads()
+    gradient(LARGE, 9.0)  # freed: parent and child both have the block
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        grad = gradient(LARGE, 0.75)
+        os._exit(0 if torch.allclose(grad, torch.full_like(grad, expected(0.75))) else 1)
+    grad = gradient(LARGE, -0.75)
+    assert os.waitpid(child, 0)[1] == 0
+    torch.testing.assert_close(grad, torch.full_like(grad, expected(-0.75)))
+    assert torch.get_num_threads() == threads

@@ -34,7 +34,7 @@ def peak_memory(case: Case, implementation: str) -> int:
     torch.set_num_threads(case.threads)
     function = loss_function(case, implementation)
 
-    def prepare(case: Case) -> Callable[[], None]:
+    def prepare(case: Case) -> Callable[[], object]:
         forward, _, full = loss_steps(case, Inputs(case), function)
         return torch.no_grad()(forward) if case.mode == "inference" else full
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -75,6 +76,17 @@ def test_freed_memory_is_the_systems_to_take() -> None:
     before = lazily_free()
     del large
     assert lazily_free() - before >= size - 4 * MIB  # the C library's own part of the block, and the last huge page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's madvise")
+def test_memory_that_the_system_took_is_replaced() -> None:
+    large = gradient(LARGE, 9.0)
+    address, half = ctypes.c_void_p(large.data_ptr()), ctypes.c_size_t(large.nbytes // 2)
+    del large
+    dontneed = 4
+    assert ctypes.CDLL(None).madvise(address, half, dontneed) == 0
+    grad = gradient(LARGE, 0.875)
+    torch.testing.assert_close(grad, torch.full_like(grad, expected(0.875)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")

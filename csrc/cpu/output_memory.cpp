@@ -12,7 +12,9 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -60,6 +62,21 @@ bool disown(const Block& block) {
 #endif
 }
 
+// Whether a block still has all of its pages. One that lost some gets them back 4 KiB at a time, huge pages no more: it
+// is better replaced.
+bool is_whole(const Block& block) {
+  if (block.capacity <= kLargestOwned) return true;
+#if defined(__linux__)
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  const size_t nbytes = block.capacity / kHugePage * kHugePage;
+  std::vector<unsigned char> is_resident(nbytes / page);
+  return mincore(block.data(), nbytes, is_resident.data()) == 0 &&
+         std::all_of(is_resident.begin(), is_resident.end(), [](unsigned char flags) { return (flags & 1) != 0; });
+#else
+  return false;
+#endif
+}
+
 // Blocks that were freed, the latest last. A lock that is taken means that another thread is here, or was when this
 // process was forked: nobody ever waits for it, all can do without.
 class FreedBlocks {
@@ -67,17 +84,22 @@ class FreedBlocks {
   // The smallest block that has the capacity and no more than twice of it, of equal ones the latest; no block if there
   // is none.
   std::optional<Block> take(size_t capacity) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return std::nullopt;
-    auto best = blocks_.end();
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
-      const bool fits = block->capacity >= capacity && block->capacity / 2 <= capacity;
-      if (fits && (best == blocks_.end() || block->capacity <= best->capacity)) best = block;
+    Block taken;
+    {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (!lock) return std::nullopt;
+      auto best = blocks_.end();
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+        const bool fits = block->capacity >= capacity && block->capacity / 2 <= capacity;
+        if (fits && (best == blocks_.end() || block->capacity <= best->capacity)) best = block;
+      }
+      if (best == blocks_.end()) return std::nullopt;
+      taken = *best;
+      blocks_.erase(best);
     }
-    if (best == blocks_.end()) return std::nullopt;
-    const Block taken = *best;
-    blocks_.erase(best);
-    return taken;
+    if (is_whole(taken)) return taken;
+    c10::free_cpu(taken.start);
+    return std::nullopt;
   }
 
   void put(Block block) {

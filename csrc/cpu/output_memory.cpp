@@ -28,8 +28,8 @@ constexpr size_t kHugePage = 2 * kMiB;
 constexpr size_t kSmallestKept = 1 * kMiB;   // below, the C library does as well
 constexpr size_t kLargestOwned = 32 * kMiB;  // what the C library, too, keeps as its own at most
 
-// A stretch of memory from c10::alloc_cpu with room for so many bytes of data. What starts a huge page is aligned to
-// it.
+// A stretch of memory from c10::alloc_cpu with room for so many bytes of data, which start at a huge page if they fill
+// one.
 struct Block {
   void* start;
   size_t capacity;

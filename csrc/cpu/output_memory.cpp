@@ -81,6 +81,8 @@ bool is_whole(const Block& block) {
 // process was forked: nobody ever waits for it, all can do without.
 class FreedBlocks {
  public:
+  FreedBlocks() { blocks_.reserve(kKept + 1); }  // freeing a tensor must not fail
+
   // The smallest block that has the capacity and no more than twice of it, of equal ones the latest; no block if there
   // is none.
   std::optional<Block> take(size_t capacity) {

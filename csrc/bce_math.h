@@ -23,6 +23,7 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
+  T linear;  // the loss less its logarithm, where the formula has such a thing
   T grad_input;
   T grad_target;
 };
@@ -85,6 +86,18 @@ BCE_EXT_HOST_DEVICE T from_bits(Bits<T> bits) {
 template <typename T>
 BCE_EXT_HOST_DEVICE T magnitude(T x) {
   return from_bits<T>(to_bits(x) & FloatFormat<T>::kMagnitudeMask);
+}
+
+// Whether the sign bit is set.
+template <typename T>
+BCE_EXT_HOST_DEVICE bool is_negative(T x) {
+  return (to_bits(x) & ~FloatFormat<T>::kMagnitudeMask) != 0;
+}
+
+// -a where the sign bit of b is set, a elsewhere.
+template <typename T>
+BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) {
+  return from_bits<T>(to_bits(a) ^ (to_bits(b) & ~FloatFormat<T>::kMagnitudeMask));
 }
 
 // 2^exponent for a normal result.
@@ -186,7 +199,7 @@ BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
   // power of two.
   constexpr T kRound = T(1.5) * power_of_two<T>(Format::kMantissaBits) + T(Format::kExponentBias + kLift);
-  const T bounded = select(a > Format::kExpCutoff, Format::kExpCutoff, a);
+  const T bounded = a > Format::kExpCutoff ? Format::kExpCutoff : a;
   const T rounded = kRound - bounded * Format::kLog2E;
   const T n = rounded - kRound;
   const T r = (-bounded - n * Format::kLn2High) - n * Format::kLn2Low;
@@ -223,6 +236,19 @@ template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
   using Format = FloatFormat<T>;
   return n * Format::kLn2High + (((f * f) * centred_log1p_rest(f) + n * Format::kLn2Low) + f);
+}
+
+// log1p(p) for p >= 0, below the largest power of two. No rounding of 1 + p is felt, as f is not computed from it.
+template <typename T>
+BCE_EXT_HOST_DEVICE T log1p_of_nonnegative(T p) {
+  const Split<T> parts = split(T(1) + p);
+  return log_of_split(parts.n, p * parts.scale + (parts.scale - T(1)));
+}
+
+// (1 + a) * (1 + b) - 1, so that log1p of it is log1p(a) + log1p(b); exact to the last places for small a and b, too.
+template <typename T>
+BCE_EXT_HOST_DEVICE T product_of_excesses(T a, T b) {
+  return a * b + (a + b);
 }
 
 // log(q) for q in [0, 1].
@@ -285,7 +311,7 @@ struct WithLogits {
     const T a = math::magnitude(x);
     const T log_term = math::log1p_of_unit(e);
 
-    const bool below = x < T(0);
+    const bool below = math::is_negative(x);
     const T negative = w * (T(1) - y);
     T positive, total;  // positive and negative: the weights of the two classes; total: their sum
     if constexpr (kHasPosWeight) {
@@ -296,13 +322,14 @@ struct WithLogits {
       total = w;
     }
     const T against = math::select(below, positive, negative);  // the class that the logit speaks against
-    const T along = math::select(below, negative, positive);
+    const T along = total - against;  // one rounding of the larger, of no account beside it
     const T linear =
         math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
-    const T slope = math::divide(math::select(below, -scale, scale), T(1) + e);
+    const T slope = math::divide(math::with_sign_of(scale, x), T(1) + e);
 
     Terms<T> terms;
     terms.loss = linear + log_term * total;
+    terms.linear = linear;
     terms.grad_input = slope * (against - along * e);
     if constexpr (kHasPosWeight) {
       terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);

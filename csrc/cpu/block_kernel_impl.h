@@ -233,31 +233,41 @@ class OperandReader {
 
 // ---- compute ----
 
-enum Wanted { kLoss = 1, kGradInput = 2, kGradTarget = 4 };
+enum Wanted {
+  kLoss = 1,
+  kGradInput = 2,
+  kGradTarget = 4,
+  kLinear = 8,  // in place of the loss its linear part: the logarithms are taken by who adds the losses
+};
 
+// `first` receives what the first stage computes.
 template <typename T>
-using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* loss, T* grad_input,
-                         T* grad_target);
+using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* first, T* loss,
+                         T* grad_input, T* grad_target);
 
+// The loops run over strips of a constant length, which the compiler unrolls.
 template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
 BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
-                            const T* __restrict p, T scale, T* __restrict loss, T* __restrict grad_input,
-                            T* __restrict grad_target) {
-  n &= ~(kLanes - 1);
-  T first[kBlock<T>];
-  for (int64_t i = 0; i < n; ++i) first[i] = Formula::first_stage(x[i]);
-  for (int64_t i = 0; i < n; ++i) {
-    T weight = T(1);
-    if constexpr (kHasWeight) weight = w[i];
-    Terms<T> terms;
-    if constexpr (kHasPosWeight) {
-      terms = Formula::evaluate(x[i], y[i], weight, p[i], scale, first[i]);
-    } else {
-      terms = Formula::evaluate(x[i], y[i], weight, One{}, scale, first[i]);
+                            const T* __restrict p, T scale, T* __restrict first, T* __restrict loss,
+                            T* __restrict grad_input, T* __restrict grad_target) {
+  for (int64_t strip = 0; strip < n; strip += kLanes) {
+    for (int64_t i = strip; i < strip + kLanes; ++i) first[i] = Formula::first_stage(x[i]);
+  }
+  for (int64_t strip = 0; strip < n; strip += kLanes) {
+    for (int64_t i = strip; i < strip + kLanes; ++i) {
+      T weight = T(1);
+      if constexpr (kHasWeight) weight = w[i];
+      Terms<T> terms;
+      if constexpr (kHasPosWeight) {
+        terms = Formula::evaluate(x[i], y[i], weight, p[i], scale, first[i]);
+      } else {
+        terms = Formula::evaluate(x[i], y[i], weight, One{}, scale, first[i]);
+      }
+      if constexpr ((kWanted & kLoss) != 0) loss[i] = terms.loss;
+      if constexpr ((kWanted & kLinear) != 0) loss[i] = terms.linear;
+      if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = terms.grad_input;
+      if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = terms.grad_target;
     }
-    if constexpr ((kWanted & kLoss) != 0) loss[i] = terms.loss;
-    if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = terms.grad_input;
-    if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = terms.grad_target;
   }
 }
 
@@ -282,6 +292,8 @@ BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight) {
   if constexpr (std::is_same_v<Formula, WithLogits>) {
+    if (wanted == kLinear) return compute<T, Formula, kLinear, false, false>;
+    if (wanted == (kLinear | kGradInput)) return compute<T, Formula, kLinear | kGradInput, false, false>;
     if (has_pos_weight) {
       return has_weight ? select_wanted<T, Formula, true, true>(wanted)
                         : select_wanted<T, Formula, false, true>(wanted);
@@ -356,9 +368,9 @@ BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes)
       sums[lane] += static_cast<double>((at[0] + at[kLanes]) + (at[2 * kLanes] + at[3 * kLanes]));
     }
   }
-  double total = 0.0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
-  if (total - total != 0.0) {
+  bool overflown = false;
+  for (int64_t lane = 0; lane < kLanes; ++lane) overflown |= sums[lane] - sums[lane] != 0.0;
+  if (overflown) {
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
     i = 0;
   }
@@ -367,6 +379,47 @@ BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes)
   }
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
 }
+
+template <typename T, int kCount>
+BCE_EXT_HOST_DEVICE T product_of_excesses(const T* e, int64_t step) {
+  if constexpr (kCount == 1) {
+    return *e;
+  } else {
+    return math::product_of_excesses(product_of_excesses<T, kCount / 2>(e, step),
+                                     product_of_excesses<T, kCount / 2>(e + kCount / 2 * step, step));
+  }
+}
+
+// Adds log1p(e) over the elements of a chunk, with one logarithm for the product of up to kFactors of (1 + e), which
+// takes far less than a logarithm each.
+template <typename T>
+class Log1pSum {
+ public:
+  // The next n elements, a multiple of kLanes; e is in [0, 1] or NaN.
+  BCE_EXT_TARGET void add(const T* __restrict e, int64_t n) {
+    const int64_t step = n / (kFactors * kLanes) * kLanes;
+    T* __restrict products = products_ + size_;
+    for (int64_t strip = 0; strip < step; strip += kLanes) {
+      for (int64_t i = strip; i < strip + kLanes; ++i) products[i] = product_of_excesses<T, kFactors>(e + i, step);
+    }
+    const int64_t rest = n - kFactors * step;
+    memcpy(products + step, e + kFactors * step, rest * sizeof(T));
+    size_ += step + rest;
+  }
+
+  BCE_EXT_TARGET void finish(double* lanes) {
+    for (int64_t strip = 0; strip < size_; strip += kLanes) {
+      for (int64_t i = strip; i < strip + kLanes; ++i) products_[i] = math::log1p_of_nonnegative(products_[i]);
+    }
+    accumulate(products_, size_, lanes);
+  }
+
+ private:
+  static constexpr int64_t kFactors = 16;
+  // The last two blocks of a chunk may be short: what they leave over is not multiplied.
+  T products_[kChunk / kFactors + (kFactors + 1) * kLanes];
+  int64_t size_ = 0;
+};
 
 template <typename T, typename Formula>
 BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
@@ -382,7 +435,10 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   const bool has_weight = problem.weight.layout != Layout::Absent;
   const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent;
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
-  const int wanted = (problem.reduce || problem.loss.data != nullptr ? kLoss : 0) |
+  // Logarithms of equal weight can be added as the logarithm of a product.
+  const bool joins_logs = std::is_same_v<Formula, WithLogits> && problem.reduce && problem.loss.data == nullptr &&
+                          problem.grad_target.data == nullptr && !has_weight && !has_grad_output && !has_pos_weight;
+  const int wanted = (joins_logs ? kLinear : problem.reduce || problem.loss.data != nullptr ? kLoss : 0) |
                      (problem.grad_input.data != nullptr ? kGradInput : 0) |
                      (problem.grad_target.data != nullptr ? kGradTarget : 0);
   const Compute<T> compute_block = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
@@ -391,6 +447,8 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   ChunkResult result;
   double lanes[kLanes] = {};
   T product[kBlock<T>];
+  T first[kBlock<T>];
+  Log1pSum<T> logarithms;
   int64_t n;
   for (int64_t at = begin; at < end; at += n) {
     n = smaller(kBlock<T>, end - at);
@@ -414,7 +472,7 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     T* block_grad_input = grad_input.block(at, n);
     T* block_grad_target = grad_target.block(at, n);
     const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
-    compute_block(padded, x, y, w, p, scale, block_loss, block_grad_input, block_grad_target);
+    compute_block(padded, x, y, w, p, scale, first, block_loss, block_grad_input, block_grad_target);
 
     loss.finish(block_loss, at, n);
     grad_input.finish(block_grad_input, at, n);
@@ -425,8 +483,13 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     if (problem.reduce) {
       fill(T(0), padded - n, block_loss + n);
       accumulate(block_loss, padded, lanes);
+      if (joins_logs) {
+        fill(T(0), padded - n, first + n);
+        logarithms.add(first, padded);
+      }
     }
   }
+  if (joins_logs) logarithms.finish(lanes);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }

@@ -14,7 +14,7 @@ import bce_ext.functional as F
 SIZES = [CHUNK, CHUNK + 1, 37 * CHUNK + 1031]
 
 
-def evaluate(name: str, input: Tensor, target: Tensor, weight: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+def evaluate(name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """The loss, computed with its gradient and without, and the gradient."""
     input = input.detach().requires_grad_()
     loss = getattr(F, name)(input, target, weight=weight, reduction=reduction)
@@ -25,10 +25,13 @@ def evaluate(name: str, input: Tensor, target: Tensor, weight: Tensor, reduction
     return alone, gradient
 
 
-def make_problem(name: str, numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def make_problem(
+    name: str, numel: int, dtype: torch.dtype, device: str, weighted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     make_input = make_logits if name == "binary_cross_entropy_with_logits" else make_probabilities
     shape = (numel,)
-    return make_input(shape, dtype, device), make_targets(shape, dtype, device), make_weights(shape, dtype, device)
+    weight = make_weights(shape, dtype, device) if weighted else None
+    return make_input(shape, dtype, device), make_targets(shape, dtype, device), weight
 
 
 @pytest.mark.usefixtures("restore_threads")
@@ -36,8 +39,13 @@ def make_problem(name: str, numel: int, dtype: torch.dtype, device: str) -> tupl
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
-def test_the_number_of_threads_does_not_matter(numel: int, dtype: torch.dtype, reduction: str, name: str) -> None:
-    problem = make_problem(name, numel, dtype, "cpu")
+@pytest.mark.parametrize(
+    "weighted", [False, True]
+)  # the logarithms of equally weighted losses are added in another way
+def test_the_number_of_threads_does_not_matter(
+    weighted: bool, numel: int, dtype: torch.dtype, reduction: str, name: str
+) -> None:
+    problem = make_problem(name, numel, dtype, "cpu", weighted)
     torch.set_num_threads(1)
     expected = evaluate(name, *problem, reduction)
     for threads in (2, 3):
@@ -50,11 +58,12 @@ def test_the_number_of_threads_does_not_matter(numel: int, dtype: torch.dtype, r
 @pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("numel", [*SIZES, 2**20 + 1])
-def test_one_run_is_as_the_other(numel: int, reduction: str, name: str, device: str) -> None:
-    problem = make_problem(name, numel, torch.float32, device)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_run_is_as_the_other(weighted: bool, numel: int, reduction: str, name: str, device: str) -> None:
+    problem = make_problem(name, numel, torch.float32, device, weighted)
     expected = evaluate(name, *problem, reduction)
     for _ in range(10):
-        fresh = tuple(tensor.clone() for tensor in problem)  # in other memory
+        fresh = [None if tensor is None else tensor.clone() for tensor in problem]  # in other memory
         actual = evaluate(name, *fresh, reduction)
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
@@ -72,7 +81,7 @@ def test_a_broadcast_weight_sums_as_the_full_one(reduction: str, device: str) ->
 def test_deterministic_mode_has_nothing_to_object_to(device: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        problem = make_problem("binary_cross_entropy_with_logits", CHUNK + 1, torch.float32, device)
+        problem = make_problem("binary_cross_entropy_with_logits", CHUNK + 1, torch.float32, device, weighted=False)
         evaluate("binary_cross_entropy_with_logits", *problem, "mean")
     finally:
         torch.use_deterministic_algorithms(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -158,6 +159,62 @@ def test_the_mean_over_bfloat16_negatives_keeps_the_tail(device: str) -> None:
     assert ulp_error(F.binary_cross_entropy_with_logits(input, target), expected) <= 1
     native = torch.nn.functional.binary_cross_entropy_with_logits(input, target, reduction="none").double().mean()
     assert abs(native - expected) > 0.5 * expected  # so the test is a hard one
+
+
+# One element; less than a vector; 16 vectors, whose logarithms are one, with and without one beside; blocks and chunks with rests of each kind.
+SUMMED = [
+    1,
+    15,
+    255,
+    256,
+    257,
+    reference.BLOCK - 1,
+    reference.BLOCK + 273,
+    reference.CHUNK - 3,
+    3 * reference.CHUNK + 300,
+]
+
+
+@pytest.mark.parametrize("numel", SUMMED)
+@pytest.mark.parametrize(
+    "logits",
+    [
+        lambda x: 5 * x,
+        lambda x: x.abs() * 3 - 40,  # losses so small that 1 + exp(x) is 1
+        lambda x: x.abs() * 3 - 110,  # subnormal ones among them, in float32
+        lambda x: 0 * x,  # the largest products of 1 + exp(-|x|)
+        lambda x: 300 * x,  # no logarithms to speak of
+    ],
+    ids=["common", "tiny", "subnormal", "zero", "large"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_are_as_exact_as_their_terms(
+    dtype: torch.dtype, logits: Callable[[Tensor], Tensor], numel: int, device: str
+) -> None:
+    noise = torch.randn(numel, generator=torch.Generator().manual_seed(numel), dtype=torch.float64)
+    input = logits(noise).to(dtype)
+    magnitude = input.abs().double()
+    logarithm = torch.log1p(torch.exp(-magnitude))
+    likely = (input > 0).to(dtype)  # what is true was found likely: the loss is a logarithm alone
+    for target, terms in ((likely, logarithm), (1 - likely, logarithm + magnitude)):
+        expected = torch.tensor(math.fsum(terms.tolist()), dtype=torch.float64)
+        actual = F.binary_cross_entropy_with_logits(input.to(device), target.to(device), reduction="sum").cpu()
+        below_normal = numel * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # each term is rounded there
+        assert abs(actual - expected) <= MAX_ULP[dtype] * reference.ulp(expected, dtype) + below_normal
+
+
+@pytest.mark.parametrize("place", [0, 100, 256, 299])  # in one product, and in what is left over by them
+@pytest.mark.parametrize(
+    ("logit", "label", "loss"), [(float("inf"), 0.0, float("inf")), (float("inf"), 1.0, 0.0), (float("nan"), 1.0, None)]
+)
+def test_an_extreme_term_among_others_in_a_sum(
+    logit: float, label: float, loss: float | None, place: int, device: str
+) -> None:
+    input, target = torch.zeros(300, device=device), torch.zeros(300, device=device)
+    input[place], target[place] = logit, label
+    actual = F.binary_cross_entropy_with_logits(input, target, reduction="sum").item()
+    expected = float("nan") if loss is None else loss + 299 * math.log(2)
+    assert actual == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)

@@ -28,6 +28,9 @@ constexpr int64_t kBlock = 4096 / sizeof(T);
 // Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of
 // partial sums.
 constexpr int64_t kLanes = 16;
+// Lies between buffers of a block, lest all of a loop's streams have the same place in a page: processors tell accesses
+// apart by that first, and take a load for one of what was just stored.
+constexpr int64_t kStagger = 4 * kLanes;
 static_assert(kBlock<double> % (4 * kLanes) == 0 &&
               kChunk % kBlock<float> == 0);  // else sums would depend on the size of blocks
 
@@ -184,6 +187,14 @@ BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
   return product;
 }
 
+// Memory that is about to be read: `bytes` for each element.
+struct Stream {
+  const char* data;
+  int64_t bytes;
+
+  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const { __builtin_prefetch(data + element * bytes); }
+};
+
 // Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a
 // tile that holds every block as a contiguous stretch.
 template <typename T>
@@ -196,6 +207,13 @@ class OperandReader {
         period_(period(problem, operand)),
         in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
         tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {}
+
+  // What will be read for the elements from `begin` on, where that is a plain stretch of memory.
+  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
+    if (operand_.layout != Layout::Flat) return {reinterpret_cast<const char*>(buffer_), 0};
+    const int64_t bytes = size_of(operand_.dtype);
+    return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
+  }
 
   // The n elements from `begin` on, at most kBlock, followed by anything readable up to a multiple of kLanes.
   BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
@@ -228,7 +246,7 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
-  T buffer_[2 * kBlock<T>];
+  T buffer_[2 * kBlock<T> + kStagger];
 };
 
 // ---- compute ----
@@ -240,20 +258,30 @@ enum Wanted {
   kLinear = 8,  // in place of the loss its linear part: the logarithms are taken by who adds the losses
 };
 
+// What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to
+// the end of a page, which is as long as a block.
+struct Ahead {
+  Stream x, y, w, p;
+};
+
 // `first` receives what the first stage computes.
 template <typename T>
-using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, T* first, T* loss,
-                         T* grad_input, T* grad_target);
+using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, const Ahead& ahead,
+                         T* first, T* loss, T* grad_input, T* grad_target);
 
 // The loops run over strips of a constant length, which the compiler unrolls.
 template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
 BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
-                            const T* __restrict p, T scale, T* __restrict first, T* __restrict loss,
-                            T* __restrict grad_input, T* __restrict grad_target) {
+                            const T* __restrict p, T scale, const Ahead& ahead, T* __restrict first,
+                            T* __restrict loss, T* __restrict grad_input, T* __restrict grad_target) {
   for (int64_t strip = 0; strip < n; strip += kLanes) {
+    ahead.x.prefetch(strip);
+    ahead.y.prefetch(strip);
     for (int64_t i = strip; i < strip + kLanes; ++i) first[i] = Formula::first_stage(x[i]);
   }
   for (int64_t strip = 0; strip < n; strip += kLanes) {
+    if constexpr (kHasWeight) ahead.w.prefetch(strip);
+    if constexpr (kHasPosWeight) ahead.p.prefetch(strip);
     for (int64_t i = strip; i < strip + kLanes; ++i) {
       T weight = T(1);
       if constexpr (kHasWeight) weight = w[i];
@@ -350,7 +378,7 @@ class OutputWriter {
 
  private:
   const Output& output_;
-  T buffer_[kBlock<T>];
+  T buffer_[kBlock<T> + kStagger];
 };
 
 // ---- sum ----
@@ -368,9 +396,11 @@ BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes)
       sums[lane] += static_cast<double>((at[0] + at[kLanes]) + (at[2 * kLanes] + at[3 * kLanes]));
     }
   }
-  bool overflown = false;
-  for (int64_t lane = 0; lane < kLanes; ++lane) overflown |= sums[lane] - sums[lane] != 0.0;
-  if (overflown) {
+  uint64_t overflown = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    overflown |= math::to_bits(math::magnitude(sums[lane])) >= math::to_bits(math::FloatFormat<double>::kInfinity);
+  }
+  if (overflown != 0) {
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
     i = 0;
   }
@@ -447,7 +477,7 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   ChunkResult result;
   double lanes[kLanes] = {};
   T product[kBlock<T>];
-  T first[kBlock<T>];
+  T first[kBlock<T> + kStagger];
   Log1pSum<T> logarithms;
   int64_t n;
   for (int64_t at = begin; at < end; at += n) {
@@ -472,7 +502,9 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     T* block_grad_input = grad_input.block(at, n);
     T* block_grad_target = grad_target.block(at, n);
     const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
-    compute_block(padded, x, y, w, p, scale, first, block_loss, block_grad_input, block_grad_target);
+    const Ahead ahead{input.ahead(at + n), target.ahead(at + n),
+                      has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
+    compute_block(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input, block_grad_target);
 
     loss.finish(block_loss, at, n);
     grad_input.finish(block_grad_input, at, n);

@@ -46,9 +46,10 @@ BCE_EXT_HOST_DEVICE T load_as(HalfBits value) {
 // Stores round to nearest, ties to even; too large becomes infinite; NaN stays NaN.
 BCE_EXT_HOST_DEVICE void store_as(float value, BFloat16Bits& out) {
   const uint32_t bits = math::to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+  const uint32_t is_nan = 0u - static_cast<uint32_t>((bits & 0x7fffffffu) > 0x7f800000u);
+  const uint32_t half_unit = 0x7fffu + ((bits >> 16) & 1u);
+  const uint32_t quiet = 0x400000u;
+  out.bits = static_cast<uint16_t>(((bits + (half_unit & ~is_nan)) | (quiet & is_nan)) >> 16);
 }
 
 BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {
@@ -75,6 +76,29 @@ BCE_EXT_HOST_DEVICE void store_as(double value, double& out) { out = value; }
 template <typename T>
 constexpr Dtype dtype_of() {
   return sizeof(T) == sizeof(double) ? Dtype::Double : Dtype::Float;
+}
+
+inline __attribute__((always_inline)) int64_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::Bool:
+    case Dtype::UInt8:
+    case Dtype::Int8:
+      return 1;
+    case Dtype::Int16:
+    case Dtype::UInt16:
+    case Dtype::Half:
+    case Dtype::BFloat16:
+      return 2;
+    case Dtype::Int32:
+    case Dtype::UInt32:
+    case Dtype::Float:
+      return 4;
+    case Dtype::Int64:
+    case Dtype::UInt64:
+    case Dtype::Double:
+      return 8;
+  }
+  return 0;
 }
 
 }  // namespace bce_ext

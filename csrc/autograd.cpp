@@ -86,6 +86,17 @@ struct Options {
   }
 };
 
+// The derivative of the derivative: through the composite formula, never dropped.
+std::tuple<Tensor, Tensor> differentiable_backward(const Tensor& grad_output, const Arguments& arguments,
+                                                   c10::SymInt divisor, std::array<bool, 2> output_mask) {
+  const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
+  if (differentiable || has_tangent(grad_output) || needs_composite(arguments)) {
+    return composite_backward(grad_output, arguments, divisor, output_mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return bce_backward(grad_output, arguments, std::move(divisor), output_mask);
+}
+
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -130,7 +141,7 @@ struct BCEFunction {
       return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, options.dtype)), grad_output), Tensor()};
     }
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [grad_input, grad_target] = bce_backward(grad_output, arguments, divisor, wanted);
+    auto [grad_input, grad_target] = differentiable_backward(grad_output, arguments, divisor, wanted);
     return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
   }
 };
@@ -196,18 +207,12 @@ Tensor bce_autograd(const Tensor& input, const Tensor& target, const OptionalTen
   return differentiable_loss({input, target, weight, pos_weight, with_logits}, reduction, dtype);
 }
 
-// The derivative of the derivative: through the composite formula, never dropped.
 std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                              const OptionalTensor& weight, const OptionalTensor& pos_weight,
                                              bool with_logits, c10::SymInt divisor, std::array<bool, 2> output_mask) {
   const Arguments arguments{input, target, weight, pos_weight, with_logits};
   check_arguments(arguments);
-  const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
-  if (differentiable || has_tangent(grad_output) || needs_composite(arguments)) {
-    return composite_backward(grad_output, arguments, divisor, output_mask);
-  }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return bce_backward(grad_output, arguments, std::move(divisor), output_mask);
+  return differentiable_backward(grad_output, arguments, std::move(divisor), output_mask);
 }
 
 // The remaining operators are called below autograd; who calls them by hand gets derivatives of the loss, and of the

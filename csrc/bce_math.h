@@ -322,7 +322,11 @@ struct WithLogits {
       total = w;
     }
     const T against = math::select(below, positive, negative);  // the class that the logit speaks against
-    const T along = total - against;  // one rounding of the larger, of no account beside it
+#if defined(__CUDA_ARCH__)
+    const T along = math::select(below, negative, positive);  // takes fewer registers
+#else
+    const T along = total - against;  // takes fewer instructions; its rounding is of no account beside `against`
+#endif
     const T linear =
         math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
     const T slope = math::divide(math::with_sign_of(scale, x), T(1) + e);

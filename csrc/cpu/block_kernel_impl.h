@@ -272,8 +272,8 @@ using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T*
 // The loops run over strips of a constant length, which the compiler unrolls.
 template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
 BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
-                            const T* __restrict p, T scale, const Ahead& ahead, T* __restrict first,
-                            T* __restrict loss, T* __restrict grad_input, T* __restrict grad_target) {
+                            const T* __restrict p, T scale, const Ahead& ahead, T* __restrict first, T* __restrict loss,
+                            T* __restrict grad_input, T* __restrict grad_target) {
   for (int64_t strip = 0; strip < n; strip += kLanes) {
     ahead.x.prefetch(strip);
     ahead.y.prefetch(strip);
@@ -468,7 +468,9 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   // Logarithms of equal weight can be added as the logarithm of a product.
   const bool joins_logs = std::is_same_v<Formula, WithLogits> && problem.reduce && problem.loss.data == nullptr &&
                           problem.grad_target.data == nullptr && !has_weight && !has_grad_output && !has_pos_weight;
-  const int wanted = (joins_logs ? kLinear : problem.reduce || problem.loss.data != nullptr ? kLoss : 0) |
+  const int wanted = (joins_logs                                       ? kLinear
+                      : problem.reduce || problem.loss.data != nullptr ? kLoss
+                                                                       : 0) |
                      (problem.grad_input.data != nullptr ? kGradInput : 0) |
                      (problem.grad_target.data != nullptr ? kGradTarget : 0);
   const Compute<T> compute_block = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);

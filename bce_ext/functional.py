@@ -52,8 +52,8 @@ def binary_cross_entropy_with_logits(
         NotImplementedError: ``input`` is not of a floating dtype.
 
     Note:
-        Arithmetic is in float32 (float64 for float64), rounded once when stored; sums are taken in float64 in a fixed order, so that the result has the
-        same bits for any number of threads. Gradients of any order with respect to every floating argument are available. See
+        Arithmetic is in float32 (float64 for float64), rounded once when stored. Sums are taken in a fixed order, the larger part of it in float64, so that
+        the result has the same bits for any number of threads. Gradients of any order with respect to every floating argument are available. See
         :func:`torch.nn.functional.binary_cross_entropy_with_logits` for the function that this one replaces.
 
     Example::

@@ -97,7 +97,11 @@ BCE_EXT_HOST_DEVICE bool is_negative(T x) {
 // -a where the sign bit of b is set, a elsewhere.
 template <typename T>
 BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  return is_negative(b) ? -a : a;  // takes fewer registers
+#else
   return from_bits<T>(to_bits(a) ^ (to_bits(b) & ~FloatFormat<T>::kMagnitudeMask));
+#endif
 }
 
 // 2^exponent for a normal result.
@@ -284,21 +288,17 @@ BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 
 }  // namespace math
 
-// A formula offers
-//   evaluate(x, y, w, p)                           the loss and its gradients
-//   evaluate(x, y, w, p, scale, first_stage(x))    the same with the gradients multiplied by `scale`, in two stages,
-//   because on a CPU
-//                                                  a loop over each is faster than one loop over both: it overlaps more
-//                                                  elements
-// where p may be One.
+// A formula offers evaluate(x, y, w, p), the loss and its gradients, where p may be One, and the same with the
+// gradients multiplied by `scale` and in two stages, evaluate(x, y, w, p, scale, first_stage(x)): on a CPU, a loop over
+// each stage is faster than one loop over both, since it overlaps more elements.
 
 // Binary cross entropy of a logit x against a target y, with weight w and pos_weight p:
 //   loss       = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
 //   dloss/dx   = w * [(1-y) * sigmoid(x)  - p*y * sigmoid(-x)]
 //   dloss/dy   = w * [p * softplus(-x) - softplus(x)]
 // written with the larger of the two sigmoids, so that for a hard label nothing cancels:
-//   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e), sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), e =
-//   exp(-|x|).
+//   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e),
+//   sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), with e = exp(-|x|).
 struct WithLogits {
   template <typename T>
   static BCE_EXT_HOST_DEVICE T first_stage(T x) {

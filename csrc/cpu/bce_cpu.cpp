@@ -6,7 +6,9 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "../pass.h"
 #include "block_kernel.h"
@@ -30,6 +32,26 @@ Tensor empty_output(const Pass& pass, at::ScalarType dtype) {
   return bce_ext::empty_output(pass.sizes(), pass.strides(), dtype);
 }
 
+// Calls `work` with each of 0 .. count - 1, from all threads. A thread begins with a share of its own, the same each
+// time as long as the count is, so that it finds in its cache what it wrote there. When it is through it helps the
+// others, whose core may be a slower one or busy with something else.
+template <typename Work>
+void share(int64_t count, const Work& work) {
+  constexpr int64_t kSmallestShare = 2;  // less does not pay for a thread
+  const int64_t shares = std::clamp<int64_t>(count / kSmallestShare, 1, at::get_num_threads());
+  const auto begin = [=](int64_t share) { return share * count / shares; };
+  std::vector<std::atomic<int64_t>> next(shares);
+  for (int64_t share = 0; share < shares; ++share) next[share] = begin(share);
+  at::parallel_for(0, shares, /*grain_size=*/1, [&](int64_t first, int64_t last) {
+    for (int64_t own = first; own < last; ++own) {
+      for (int64_t step = 0; step < shares; ++step) {
+        const int64_t share = (own + step) % shares;
+        for (int64_t i; (i = next[share]++) < begin(share + 1);) work(i);
+      }
+    }
+  });
+}
+
 // Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
 // added in order, so the result does not depend on the number of threads.
 double run(const Problem& problem) {
@@ -37,13 +59,11 @@ double run(const Problem& problem) {
   const ChunkKernel kernel = chunk_kernel(problem, isa());
   c10::SmallVector<double, 64> sums(chunks);
   std::atomic<bool> in_range{true};
-  at::parallel_for(0, chunks, /*grain_size=*/2, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk * kChunk;
-      const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
-      sums[chunk] = result.sum;
-      if (!result.input_in_range) in_range = false;
-    }
+  share(chunks, [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk;
+    const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
+    sums[chunk] = result.sum;
+    if (!result.input_in_range) in_range = false;
   });
   TORCH_CHECK(in_range, "binary_cross_entropy: all elements of input should be between 0 and 1");
   double total = 0;

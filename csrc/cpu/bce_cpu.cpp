@@ -46,7 +46,11 @@ void share(int64_t count, const Work& work) {
     for (int64_t own = first; own < last; ++own) {
       for (int64_t step = 0; step < shares; ++step) {
         const int64_t share = (own + step) % shares;
-        for (int64_t i; (i = next[share]++) < begin(share + 1);) work(i);
+        const int64_t end = begin(share + 1);
+        while (next[share].load(std::memory_order_relaxed) < end) {
+          const int64_t i = next[share]++;
+          if (i < end) work(i);
+        }
       }
     }
   });

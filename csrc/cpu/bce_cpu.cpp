@@ -33,18 +33,20 @@ Tensor empty_output(const Pass& pass, at::ScalarType dtype) {
 }
 
 // Calls `work` with each of 0 .. count - 1, from all threads. A thread begins with a share of its own, the same each
-// time as long as the count is, so that it finds in its cache what it wrote there. When it is through it helps the
-// others, whose core may be a slower one or busy with something else.
+// time as long as the count is, so that it finds in its cache what it wrote there. Where shares are large it then helps
+// the others, whose core may be slower or busy with something else; of a small one, all memory may be in that cache.
 template <typename Work>
 void share(int64_t count, const Work& work) {
   constexpr int64_t kSmallestShare = 2;  // less does not pay for a thread
+  constexpr int64_t kLargeShare = 16;
   const int64_t shares = std::clamp<int64_t>(count / kSmallestShare, 1, at::get_num_threads());
+  const int64_t shares_to_visit = count < kLargeShare * shares ? 1 : shares;
   const auto begin = [=](int64_t share) { return share * count / shares; };
   std::vector<std::atomic<int64_t>> next(shares);
   for (int64_t share = 0; share < shares; ++share) next[share] = begin(share);
   at::parallel_for(0, shares, /*grain_size=*/1, [&](int64_t first, int64_t last) {
     for (int64_t own = first; own < last; ++own) {
-      for (int64_t step = 0; step < shares; ++step) {
+      for (int64_t step = 0; step < shares_to_visit; ++step) {
         const int64_t share = (own + step) % shares;
         const int64_t end = begin(share + 1);
         while (next[share].load(std::memory_order_relaxed) < end) {

@@ -23,7 +23,7 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T linear;  // the loss less its logarithm, where the formula has such a thing
+  T linear = T(0);  // WithLogits: the loss without log1p(e)
   T grad_input;
   T grad_target;
 };

@@ -255,7 +255,7 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kLinear = 8,  // in place of the loss its linear part: the logarithms are taken by who adds the losses
+  kLinear = 8,  // WithLogits: in place of the loss its linear part, as Log1pSum adds the logarithms
 };
 
 // What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to

@@ -32,6 +32,8 @@ Tensor empty_output(const Pass& pass, at::ScalarType dtype) {
   return bce_ext::empty_output(pass.sizes(), pass.strides(), dtype);
 }
 
+Tensor no_output(at::ScalarType dtype) { return bce_ext::empty_output({0}, {1}, dtype); }
+
 // Calls `work` with each of 0 .. count - 1, from all threads. A thread begins with a share of its own, the same each
 // time as long as the count is, so that it finds in its cache what it wrote there. Where shares are large it then helps
 // the others, whose core may be slower or busy with something else; of a small one, all memory may be in that cache.
@@ -77,8 +79,8 @@ double run(const Problem& problem) {
   return total;
 }
 
-Tensor scalar_loss(double sum, int64_t divisor, const Tensor& input, at::ScalarType dtype) {
-  Tensor loss = at::empty({}, input.options().dtype(dtype));
+Tensor scalar_loss(double sum, int64_t divisor, at::ScalarType dtype) {
+  Tensor loss = bce_ext::empty_output({}, {}, dtype);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "scalar_loss", [&] {
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(sum / static_cast<double>(divisor));
   });
@@ -90,7 +92,7 @@ Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor&
                 at::ScalarType dtype) {
   Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
   pass.problem.reduce = reduce;
-  if (reduce) return scalar_loss(run(pass.problem), divisor, input, dtype);
+  if (reduce) return scalar_loss(run(pass.problem), divisor, dtype);
   Tensor loss = empty_output(pass, dtype);
   pass.problem.loss = output_of(loss);
   run(pass.problem);
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& 
   pass.problem.reduce = true;
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
   pass.problem.grad_input = output_of(grad_input);
-  return {scalar_loss(run(pass.problem), divisor, input, dtype), std::move(grad_input)};
+  return {scalar_loss(run(pass.problem), divisor, dtype), std::move(grad_input)};
 }
 
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
@@ -113,8 +115,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor&
                                         bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
   Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
-  Tensor grad_input = output_mask[0] ? empty_output(pass, input.scalar_type()) : at::empty({0}, input.options());
-  Tensor grad_target = output_mask[1] ? empty_output(pass, target.scalar_type()) : at::empty({0}, target.options());
+  Tensor grad_input = output_mask[0] ? empty_output(pass, input.scalar_type()) : no_output(input.scalar_type());
+  Tensor grad_target = output_mask[1] ? empty_output(pass, target.scalar_type()) : no_output(target.scalar_type());
   if (output_mask[0]) pass.problem.grad_input = output_of(grad_input);
   if (output_mask[1]) pass.problem.grad_target = output_of(grad_target);
   run(pass.problem);

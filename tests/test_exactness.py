@@ -217,6 +217,11 @@ def test_an_extreme_term_among_others_in_a_sum(
     assert actual == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+def test_partial_sums_on_a_cpu_do_not_overflow() -> None:
+    input = torch.full((300,), 2e38)  # a finite mean, and two of them are too much for float32
+    assert F.binary_cross_entropy_with_logits(input, torch.zeros(300)).item() == pytest.approx(2e38, rel=1e-6)
+
+
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 @pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
 def test_an_infinite_term_without_weight_has_no_say(dtype: torch.dtype, reduction: str, device: str) -> None:

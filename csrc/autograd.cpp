@@ -86,7 +86,7 @@ struct Options {
   }
 };
 
-// The derivative of the derivative: through the composite formula, never dropped.
+// The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula.
 std::tuple<Tensor, Tensor> differentiable_backward(const Tensor& grad_output, const Arguments& arguments,
                                                    c10::SymInt divisor, std::array<bool, 2> output_mask) {
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());

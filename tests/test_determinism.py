@@ -10,7 +10,7 @@ from torch import Tensor
 import bce_ext.functional as F
 
 # One chunk, a chunk and one element, an odd number of chunks with an odd rest: what is left over falls to another
-# thread each time.
+# thread each time. With and without weights, since the logarithms of equally weighted losses are added in another way.
 SIZES = [CHUNK, CHUNK + 1, 37 * CHUNK + 1031]
 
 
@@ -39,9 +39,7 @@ def make_problem(
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize(
-    "weighted", [False, True]
-)  # the logarithms of equally weighted losses are added in another way
+@pytest.mark.parametrize("weighted", [False, True])
 def test_the_number_of_threads_does_not_matter(
     weighted: bool, numel: int, dtype: torch.dtype, reduction: str, name: str
 ) -> None:

@@ -1,7 +1,6 @@
 // The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in
 // block_kernel.
 #include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
@@ -38,7 +37,7 @@ Tensor no_output(at::ScalarType dtype) { return bce_ext::empty_output({0}, {1}, 
 // time as long as the count is, so that it finds in its cache what it wrote there. Where shares are large it then helps
 // the others, whose core may be slower or busy with something else; of a small one, all memory may be in that cache.
 template <typename Work>
-void share(int64_t count, const Work& work) {
+void run_in_shares(int64_t count, const Work& work) {
   constexpr int64_t kSmallestShare = 2;  // less does not pay for a thread
   constexpr int64_t kLargeShare = 16;
   const int64_t shares = std::clamp<int64_t>(count / kSmallestShare, 1, at::get_num_threads());
@@ -67,7 +66,7 @@ double run(const Problem& problem) {
   const ChunkKernel kernel = chunk_kernel(problem, isa());
   c10::SmallVector<double, 64> sums(chunks);
   std::atomic<bool> in_range{true};
-  share(chunks, [&](int64_t chunk) {
+  run_in_shares(chunks, [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk;
     const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
     sums[chunk] = result.sum;

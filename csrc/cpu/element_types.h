@@ -78,7 +78,7 @@ constexpr Dtype dtype_of() {
   return sizeof(T) == sizeof(double) ? Dtype::Double : Dtype::Float;
 }
 
-inline __attribute__((always_inline)) int64_t size_of(Dtype dtype) {
+BCE_EXT_HOST_DEVICE int64_t size_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::Bool:
     case Dtype::UInt8:

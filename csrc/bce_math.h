@@ -1,9 +1,9 @@
 // The formulas of binary cross entropy and its gradients, for one element: host and device, no ATen, no call into a
 // math library.
 //
-// Everything here is branch-free and inlined, so that a loop over it vectorises for any instruction set, and Terms that
-// the caller does not use cost nothing. Polynomials are minimax fits of the relative error, with the first coefficient
-// fixed so that the tails are exact.
+// Everything here is branch-free and inlined: the CPU kernel calls it with several elements at once (cpu/pack.h), and
+// Terms that the caller does not use cost nothing. Polynomials are minimax fits of the relative error, with the first
+// coefficient fixed so that the tails are exact.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,11 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define BCE_EXT_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define BCE_EXT_HOST_DEVICE inline __attribute__((always_inline))
+// BCE_EXT_TARGET selects the instructions that a file is compiled for (cpu/block_kernel_impl.h).
+#if !defined(BCE_EXT_TARGET)
+#define BCE_EXT_TARGET
+#endif
+#define BCE_EXT_HOST_DEVICE inline __attribute__((always_inline)) BCE_EXT_TARGET
 #endif
 
 namespace bce_ext {
@@ -23,7 +27,7 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T linear = T(0);  // WithLogits: the loss without log1p(e)
+  T linear;  // WithLogits: the loss without log1p(e), but NaN for an infinite logit that has no weight
   T grad_input;
   T grad_target;
 };
@@ -66,42 +70,69 @@ struct FloatFormat<double> {
   static constexpr double kExpCutoff = 750.0;
 };
 
+// What the functions below compute with: float, double, or a pack of either (cpu/pack.h).
 template <typename T>
-using Bits = typename FloatFormat<T>::Bits;
+struct Number {
+  using Scalar = T;
+  using Bits = typename FloatFormat<T>::Bits;
+  using Condition = bool;
+  static constexpr bool kHasMultiplyAdd = true;  // in one instruction
+
+  static BCE_EXT_HOST_DEVICE Bits to_bits(T value) {
+    Bits bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+  }
+  static BCE_EXT_HOST_DEVICE T from_bits(Bits bits) {
+    T value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  static BCE_EXT_HOST_DEVICE bool is_negative(T x) { return (to_bits(x) & ~FloatFormat<T>::kMagnitudeMask) != 0; }
+  static BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
+  static BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) { return condition ? a : b; }
+};
+
+template <typename T>
+using Scalar = typename Number<T>::Scalar;
+template <typename T>
+using Bits = typename Number<T>::Bits;
+template <typename T>
+using Condition = typename Number<T>::Condition;
+template <typename T>
+using Format = FloatFormat<Scalar<T> >;
 
 template <typename T>
 BCE_EXT_HOST_DEVICE Bits<T> to_bits(T value) {
-  Bits<T> bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
+  return Number<T>::to_bits(value);
 }
 
 template <typename T>
 BCE_EXT_HOST_DEVICE T from_bits(Bits<T> bits) {
-  T value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-template <typename T>
-BCE_EXT_HOST_DEVICE T magnitude(T x) {
-  return from_bits<T>(to_bits(x) & FloatFormat<T>::kMagnitudeMask);
+  return Number<T>::from_bits(bits);
 }
 
 // Whether the sign bit is set.
 template <typename T>
-BCE_EXT_HOST_DEVICE bool is_negative(T x) {
-  return (to_bits(x) & ~FloatFormat<T>::kMagnitudeMask) != 0;
+BCE_EXT_HOST_DEVICE Condition<T> is_negative(T x) {
+  return Number<T>::is_negative(x);
 }
 
 // -a where the sign bit of b is set, a elsewhere.
 template <typename T>
 BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) {
-#if defined(__CUDA_ARCH__)
-  return is_negative(b) ? -a : a;  // takes fewer registers
-#else
-  return from_bits<T>(to_bits(a) ^ (to_bits(b) & ~FloatFormat<T>::kMagnitudeMask));
-#endif
+  return Number<T>::with_sign_of(a, b);
+}
+
+// condition ? a : b
+template <typename T>
+BCE_EXT_HOST_DEVICE T select(Condition<T> condition, T a, T b) {
+  return Number<T>::select(condition, a, b);
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T magnitude(T x) {
+  return from_bits<T>(to_bits(x) & Format<T>::kMagnitudeMask);
 }
 
 // 2^exponent for a normal result.
@@ -113,65 +144,74 @@ BCE_EXT_HOST_DEVICE constexpr T power_of_two(int exponent) {
   return result;
 }
 
-// condition ? a : b, in a form that compilers do not turn into branches: GCC would thread them through the code that
-// follows, and vectorise what that leaves into twice as many instructions.
-template <typename T>
-BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) {
-#if defined(__CUDA_ARCH__)
-  return condition ? a : b;
-#else
-  const Bits<T> mask = Bits<T>(0) - static_cast<Bits<T> >(condition);
-  return from_bits<T>((to_bits(a) & mask) | (to_bits(b) & ~mask));
-#endif
-}
-
 // weight * value, where 0 * infinity is 0: a term that has no weight has no say.
 template <typename T>
 BCE_EXT_HOST_DEVICE T weighted(T weight, T value) {
-  return select((weight == T(0)) & (magnitude(value) == FloatFormat<T>::kInfinity), T(0), weight * value);
+  return select((weight == T(0)) & (magnitude(value) == T(Format<T>::kInfinity)), T(0), weight * value);
 }
 
-// c0 + c1 x + c2 x^2 + ..., in pairs over x^2: half the latency of Horner's scheme for one multiplication more.
-template <typename T>
-BCE_EXT_HOST_DEVICE T horner_of_pairs(T, T, T c0) {
+template <typename T, typename Coefficient>
+BCE_EXT_HOST_DEVICE T horner(T, Coefficient c0) {
   return c0;
 }
 
-template <typename T>
-BCE_EXT_HOST_DEVICE T horner_of_pairs(T x, T, T c0, T c1) {
+template <typename T, typename Coefficient, typename... Rest>
+BCE_EXT_HOST_DEVICE T horner(T x, Coefficient c0, Rest... rest) {
+  return horner(x, rest...) * x + c0;
+}
+
+template <typename T, typename Coefficient>
+BCE_EXT_HOST_DEVICE T horner_of_pairs(T, T, Coefficient c0) {
+  return c0;
+}
+
+template <typename T, typename Coefficient>
+BCE_EXT_HOST_DEVICE T horner_of_pairs(T x, T, Coefficient c0, Coefficient c1) {
   return c1 * x + c0;
 }
 
-template <typename T, typename... Rest>
-BCE_EXT_HOST_DEVICE T horner_of_pairs(T x, T square, T c0, T c1, T c2, Rest... rest) {
+template <typename T, typename Coefficient, typename... Rest>
+BCE_EXT_HOST_DEVICE T horner_of_pairs(T x, T square, Coefficient c0, Coefficient c1, Coefficient c2, Rest... rest) {
   return horner_of_pairs(x, square, c2, rest...) * square + (c1 * x + c0);
 }
 
+// c0 + c1 x + c2 x^2 + ..., by Horner's scheme. Where each of its steps takes two instructions, pairs of terms halve
+// the number of steps that wait for one another, for one multiplication more.
 template <typename T, typename... Coefficients>
 BCE_EXT_HOST_DEVICE T polynomial(T x, Coefficients... coefficients) {
-  return horner_of_pairs(x, x * x, coefficients...);
+  if constexpr (Number<T>::kHasMultiplyAdd) {
+    return horner(x, coefficients...);
+  } else {
+    return horner_of_pairs(x, x * x, coefficients...);
+  }
 }
 
 // unit * expm1(r) / r for |r| <= ln(2)/2: relative error of exp(r) 2^-28 (float), 2^-56 (double).
-BCE_EXT_HOST_DEVICE float expm1_quotient(float r, float unit) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T expm1_quotient(T r, float unit) {
   return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f,
                     unit * 0.00138294569f);
 }
 
-BCE_EXT_HOST_DEVICE double expm1_quotient(double r, double unit) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T expm1_quotient(T r, double unit) {
   return polynomial(r, unit, unit * 0.5000000000000011, unit * 0.1666666666666641, unit * 0.041666666666529725,
                     unit * 0.00833333333349498, unit * 0.0013888888943760233, unit * 0.00019841269505770564,
                     unit * 2.480149294936181e-05, unit * 2.7557586805904078e-06, unit * 2.763030634462171e-07,
                     unit * 2.500001837640453e-08);
 }
 
+// The last argument tells float from double: packs of them have the same coefficients.
+
 // (log1p(e) - e) / e^2 for e in [0, 1]: relative error of log1p(e) 2^-27 (float), 2^-55 (double).
-BCE_EXT_HOST_DEVICE float log1p_rest(float e) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T log1p_rest(T e, float) {
   return polynomial(e, -0.499999315f, 0.333304644f, -0.24958019f, 0.196921021f, -0.153448805f, 0.106611282f,
                     -0.057457231f, 0.0200862419f, -0.00329046859f);
 }
 
-BCE_EXT_HOST_DEVICE double log1p_rest(double e) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T log1p_rest(T e, double) {
   return polynomial(e, -0.4999999999999946, 0.33333333333235043, -0.24999999993676444, 0.1999999979131836,
                     -0.16666662498409648, 0.1428565889596427, -0.12499479601292564, 0.11107505922994218,
                     -0.09981014591829193, 0.09013152574692633, -0.08081208985701993, 0.07035538011545206,
@@ -180,12 +220,14 @@ BCE_EXT_HOST_DEVICE double log1p_rest(double e) {
 }
 
 // (log1p(f) - f) / f^2 for 1 + f in [sqrt(1/2), sqrt(2)]: relative error of log1p(f) 2^-26 (float), 2^-56 (double).
-BCE_EXT_HOST_DEVICE float centred_log1p_rest(float f) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T centred_log1p_rest(T f, float) {
   return polynomial(f, -0.5f, 0.333333313f, -0.250008196f, 0.20001258f, -0.166234419f, 0.142010748f, -0.131585345f,
                     0.127657726f, -0.0764338672f);
 }
 
-BCE_EXT_HOST_DEVICE double centred_log1p_rest(double f) {
+template <typename T>
+BCE_EXT_HOST_DEVICE T centred_log1p_rest(T f, double) {
   return polynomial(f, -0.5, 0.3333333333333314, -0.24999999999987976, 0.20000000000066606, -0.16666666669825844,
                     0.14285714280093778, -0.12499999691446902, 0.11111111147432927, -0.10000015206070528,
                     0.09090923932809215, -0.08332913545452823, 0.07691529803826647, -0.07149439441502926,
@@ -196,26 +238,25 @@ BCE_EXT_HOST_DEVICE double centred_log1p_rest(double f) {
 // exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN.
 template <typename T>
 BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
-  using Format = FloatFormat<T>;
   // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back,
   // so that a subnormal result is rounded once, by the last multiplication.
   constexpr int kLift = 64;
   // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
   // power of two.
-  constexpr T kRound = T(1.5) * power_of_two<T>(Format::kMantissaBits) + T(Format::kExponentBias + kLift);
-  const T bounded = a > Format::kExpCutoff ? Format::kExpCutoff : a;
-  const T rounded = kRound - bounded * Format::kLog2E;
+  constexpr Scalar<T> kRound =
+      Scalar<T>(1.5) * power_of_two<Scalar<T> >(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
+  const T rounded = kRound - a * Format<T>::kLog2E;
   const T n = rounded - kRound;
-  const T r = (-bounded - n * Format::kLn2High) - n * Format::kLn2Low;
-  const T lifted_power = from_bits<T>(to_bits(rounded) << Format::kMantissaBits);
-  constexpr T kUnit = power_of_two<T>(-kLift);
-  return (expm1_quotient(r, kUnit) * r + kUnit) * lifted_power;
+  const T r = (-a - n * Format<T>::kLn2High) - n * Format<T>::kLn2Low;
+  const T lifted_power = from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
+  constexpr Scalar<T> kUnit = power_of_two<Scalar<T> >(-kLift);
+  return select(a > T(Format<T>::kExpCutoff), T(0), (expm1_quotient(r, kUnit) * r + kUnit) * lifted_power);
 }
 
 // log1p(e) for e in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_unit(T e) {
-  return (e * e) * log1p_rest(e) + e;
+  return (e * e) * log1p_rest(e, Scalar<T>()) + e;
 }
 
 // u = 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
@@ -227,19 +268,18 @@ struct Split {
 
 template <typename T>
 BCE_EXT_HOST_DEVICE Split<T> split(T u) {
-  using Format = FloatFormat<T>;
-  constexpr Bits<T> kBias = Format::kExponentBias;
-  constexpr T kRound = T(1.5) * power_of_two<T>(Format::kMantissaBits);
-  const Bits<T> biased = (to_bits(u) + ((kBias << Format::kMantissaBits) - Format::kSqrtHalf)) >> Format::kMantissaBits;
-  return {from_bits<T>(to_bits(kRound) + biased) - (kRound + T(Format::kExponentBias)),
-          from_bits<T>((2 * kBias - biased) << Format::kMantissaBits)};
+  constexpr Bits<Scalar<T> > kBias = Format<T>::kExponentBias;
+  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T> >(Format<T>::kMantissaBits);
+  const Bits<T> biased =
+      (to_bits(u) + ((kBias << Format<T>::kMantissaBits) - Format<T>::kSqrtHalf)) >> Format<T>::kMantissaBits;
+  return {from_bits<T>(to_bits(kRound) + biased) - (kRound + Scalar<T>(Format<T>::kExponentBias)),
+          from_bits<T>((2 * kBias - biased) << Format<T>::kMantissaBits)};
 }
 
 // log(2^n * (1 + f)).
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
-  using Format = FloatFormat<T>;
-  return n * Format::kLn2High + (((f * f) * centred_log1p_rest(f) + n * Format::kLn2Low) + f);
+  return n * Format<T>::kLn2High + (((f * f) * centred_log1p_rest(f, Scalar<T>()) + n * Format<T>::kLn2Low) + f);
 }
 
 // log1p(p) for p >= 0, below the largest power of two. No rounding of 1 + p is felt, as f is not computed from it.
@@ -259,12 +299,12 @@ BCE_EXT_HOST_DEVICE T product_of_excesses(T a, T b) {
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {
   constexpr int kLift = 64;
-  const bool subnormal = q < FloatFormat<T>::kSmallestNormal;
-  const T lifted = q * select(subnormal, power_of_two<T>(kLift), T(1));
+  const Condition<T> subnormal = q < T(Format<T>::kSmallestNormal);
+  const T lifted = q * select(subnormal, T(power_of_two<Scalar<T> >(kLift)), T(1));
   const Split<T> parts = split(lifted);
   const T f = lifted * parts.scale - T(1);
-  const T n = parts.n - select(subnormal, T(kLift), T(0));
-  return select(q == T(0), -FloatFormat<T>::kInfinity, log_of_split(n, f));
+  const T n = parts.n - select(subnormal, T(Scalar<T>(kLift)), T(0));
+  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(n, f));
 }
 
 // log(1 - q) for q in [0, 1]. No rounding of 1 - q is felt: where it is inexact, f is not computed from it.
@@ -272,7 +312,7 @@ template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
   const Split<T> parts = split(T(1) - q);
   const T f = (parts.scale - T(1)) - q * parts.scale;
-  return select(q == T(1), -FloatFormat<T>::kInfinity, log_of_split(parts.n, f));
+  return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts.n, f));
 }
 
 // numerator / d for d in [1, 2].
@@ -311,7 +351,7 @@ struct WithLogits {
     const T a = math::magnitude(x);
     const T log_term = math::log1p_of_unit(e);
 
-    const bool below = math::is_negative(x);
+    const math::Condition<T> below = math::is_negative(x);
     const T negative = w * (T(1) - y);
     T positive, total;  // positive and negative: the weights of the two classes; total: their sum
     if constexpr (kHasPosWeight) {
@@ -322,19 +362,11 @@ struct WithLogits {
       total = w;
     }
     const T against = math::select(below, positive, negative);  // the class that the logit speaks against
-#if defined(__CUDA_ARCH__)
-    const T along = math::select(below, negative, positive);  // takes fewer registers
-#else
-    const T along = total - against;  // takes fewer instructions; its rounding is of no account beside `against`
-#endif
-    const T linear =
-        math::select(against == T(0), T(0), against * a);  // 0 for an infinite logit; a NaN comes in with log_term
-    const T slope = math::divide(math::with_sign_of(scale, x), T(1) + e);
 
     Terms<T> terms;
-    terms.loss = linear + log_term * total;
-    terms.linear = linear;
-    terms.grad_input = slope * (against - along * e);
+    terms.linear = against * a;
+    terms.loss = math::select(against == T(0), T(0), terms.linear) + log_term * total;  // a NaN comes in with log_term
+    terms.grad_input = scale * math::with_sign_of(against - total * math::divide(e, T(1) + e), x);
     if constexpr (kHasPosWeight) {
       terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);
     } else {

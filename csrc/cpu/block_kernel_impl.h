@@ -1,5 +1,6 @@
 // The body of the CPU kernel, compiled once per instruction set: a file block_kernel_<isa>.cpp defines BCE_EXT_ISA, a
-// namespace, and BCE_EXT_TARGET, the function attribute that selects the instructions, and includes this.
+// namespace, BCE_EXT_TARGET, the function attribute that selects the instructions, and BCE_EXT_VECTOR_BYTES, the width
+// of their registers, and includes this.
 //
 // Every function here that is not inlined carries BCE_EXT_TARGET and is local to its file. Compiling the files
 // themselves for a newer machine would let inline functions of the standard library, which the linker shares among all
@@ -10,6 +11,7 @@
 // the computation wants them are used in place.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -18,24 +20,31 @@
 #include "../problem.h"
 #include "block_kernel.h"
 #include "element_types.h"
+#include "pack.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {
 namespace {
 
 template <typename T>
+using Numbers = Pack<T, BCE_EXT_VECTOR_BYTES>;
+
+template <typename T>
 constexpr int64_t kBlock = 4096 / sizeof(T);
 // Computations run over a multiple of this many elements, so that no loop needs a remainder. It is also the number of
 // partial sums.
-constexpr int64_t kLanes = 16;
+template <typename T>
+constexpr int64_t kLanes = Numbers<T>::kElements;
 // Lies between buffers of a block, lest all of a loop's streams have the same place in a page: processors tell accesses
 // apart by that first, and take a load for one of what was just stored.
-constexpr int64_t kStagger = 4 * kLanes;
-static_assert(kBlock<double> % (4 * kLanes) == 0 &&
-              kChunk % kBlock<float> == 0);  // else sums would depend on the size of blocks
+template <typename T>
+constexpr int64_t kStagger = 256 / sizeof(T);
 
 BCE_EXT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-BCE_EXT_HOST_DEVICE int64_t round_to_lanes(int64_t n) { return (n + kLanes - 1) & ~(kLanes - 1); }
+template <typename T>
+BCE_EXT_HOST_DEVICE int64_t round_to_lanes(int64_t n) {
+  return (n + kLanes<T> - 1) & ~(kLanes<T> - 1);
+}
 
 // ---- read ----
 
@@ -215,22 +224,25 @@ class OperandReader {
     return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
   }
 
-  // The n elements from `begin` on, at most kBlock, followed by anything readable up to a multiple of kLanes.
+  // The n elements from `begin` on, at most kBlock, followed by zeros up to a multiple of kLanes. Only the last block
+  // of a chunk may need these: no tile is read after it.
   BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
-    if (tiled_) {
-      if (!tile_is_read_) read_tile();
-      return buffer_ + begin % period_;
+    if (n % kLanes<T> == 0) {
+      if (in_place_) return static_cast<const T*>(operand_.data) + begin;
+      if (tiled_) {
+        if (!tile_is_read_) read_tile();
+        return buffer_ + begin % period_;
+      }
     }
-    if (in_place_ && n % kLanes == 0) return static_cast<const T*>(operand_.data) + begin;
     read(problem_, operand_, begin, n, buffer_);
-    fill(T(0), round_to_lanes(n) - n, buffer_ + n);
+    fill(T(0), round_to_lanes<T>(n) - n, buffer_ + n);
     return buffer_;
   }
 
  private:
   BCE_EXT_TARGET void read_tile() {
     read(problem_, operand_, 0, period_, buffer_);
-    const int64_t length = period_ + smaller(kBlock<T>, round_to_lanes(numel_));
+    const int64_t length = period_ + smaller(kBlock<T>, numel_);
     for (int64_t filled = period_; filled < length;) {
       const int64_t copied = smaller(filled, length - filled);
       memcpy(buffer_ + filled, buffer_, copied * sizeof(T));
@@ -246,7 +258,7 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
-  T buffer_[2 * kBlock<T> + kStagger];
+  T buffer_[2 * kBlock<T> + kStagger<T>];
 };
 
 // ---- compute ----
@@ -255,7 +267,7 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kLinear = 8,  // WithLogits: in place of the loss its linear part, as Log1pSum adds the logarithms
+  kLinearSum = 8,  // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
 };
 
 // What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to
@@ -264,38 +276,64 @@ struct Ahead {
   Stream x, y, w, p;
 };
 
-// `first` receives what the first stage computes.
+template <typename T>
+BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < kLanes<T>; i += kCacheLine) stream.prefetch(begin + i);
+}
+
+template <bool kIsGiven, typename T>
+BCE_EXT_HOST_DEVICE auto load_or_one(const T* in) {
+  if constexpr (kIsGiven) {
+    return Numbers<T>::load(in);
+  } else {
+    (void)in;
+    return One{};
+  }
+}
+
+// Adds each of `values` to a lane.
+template <typename T>
+BCE_EXT_TARGET void add_to_lanes(Numbers<T> values, double* __restrict lanes) {
+  T in_memory[kLanes<T>];
+  values.store(in_memory);
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] += static_cast<double>(in_memory[lane]);
+}
+
+// `first` receives what the first stage computes, `lanes` the sums for kLinearSum.
 template <typename T>
 using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, const Ahead& ahead,
-                         T* first, T* loss, T* grad_input, T* grad_target);
+                         T* first, T* loss, T* grad_input, T* grad_target, double* lanes);
 
-// The loops run over strips of a constant length, which the compiler unrolls.
 template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
 BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
                             const T* __restrict p, T scale, const Ahead& ahead, T* __restrict first, T* __restrict loss,
-                            T* __restrict grad_input, T* __restrict grad_target) {
-  for (int64_t strip = 0; strip < n; strip += kLanes) {
-    ahead.x.prefetch(strip);
-    ahead.y.prefetch(strip);
-    for (int64_t i = strip; i < strip + kLanes; ++i) first[i] = Formula::first_stage(x[i]);
+                            T* __restrict grad_input, T* __restrict grad_target, double* __restrict lanes) {
+  const Ahead next = ahead;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    prefetch<T>(next.x, i);
+    prefetch<T>(next.y, i);
+    Formula::first_stage(Numbers<T>::load(x + i)).store(first + i);
   }
-  for (int64_t strip = 0; strip < n; strip += kLanes) {
-    if constexpr (kHasWeight) ahead.w.prefetch(strip);
-    if constexpr (kHasPosWeight) ahead.p.prefetch(strip);
-    for (int64_t i = strip; i < strip + kLanes; ++i) {
-      T weight = T(1);
-      if constexpr (kHasWeight) weight = w[i];
-      Terms<T> terms;
-      if constexpr (kHasPosWeight) {
-        terms = Formula::evaluate(x[i], y[i], weight, p[i], scale, first[i]);
-      } else {
-        terms = Formula::evaluate(x[i], y[i], weight, One{}, scale, first[i]);
-      }
-      if constexpr ((kWanted & kLoss) != 0) loss[i] = terms.loss;
-      if constexpr ((kWanted & kLinear) != 0) loss[i] = terms.linear;
-      if constexpr ((kWanted & kGradInput) != 0) grad_input[i] = terms.grad_input;
-      if constexpr ((kWanted & kGradTarget) != 0) grad_target[i] = terms.grad_target;
+  const Numbers<T> scales = scale;
+  // Four linear parts are added in T, which costs at most three roundings of T and saves conversions to float64.
+  constexpr int64_t kGroup = (kWanted & kLinearSum) != 0 ? 4 * kLanes<T> : kBlock<T>;
+  for (int64_t i = 0; i < n;) {
+    Numbers<T> linear = T(0);
+    for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
+      if constexpr (kHasWeight) prefetch<T>(next.w, i);
+      if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
+      Numbers<T> weight = T(1);
+      if constexpr (kHasWeight) weight = Numbers<T>::load(w + i);
+      const Terms<Numbers<T> > terms =
+          Formula::evaluate(Numbers<T>::load(x + i), Numbers<T>::load(y + i), weight, load_or_one<kHasPosWeight>(p + i),
+                            scales, Numbers<T>::load(first + i));
+      if constexpr ((kWanted & kLoss) != 0) terms.loss.store(loss + i);
+      if constexpr ((kWanted & kLinearSum) != 0) linear = linear + terms.linear;
+      if constexpr ((kWanted & kGradInput) != 0) terms.grad_input.store(grad_input + i);
+      if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(grad_target + i);
     }
+    if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, lanes);
   }
 }
 
@@ -320,8 +358,8 @@ BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight) {
   if constexpr (std::is_same_v<Formula, WithLogits>) {
-    if (wanted == kLinear) return compute<T, Formula, kLinear, false, false>;
-    if (wanted == (kLinear | kGradInput)) return compute<T, Formula, kLinear | kGradInput, false, false>;
+    if (wanted == kLinearSum) return compute<T, Formula, kLinearSum, false, false>;
+    if (wanted == (kLinearSum | kGradInput)) return compute<T, Formula, kLinearSum | kGradInput, false, false>;
     if (has_pos_weight) {
       return has_weight ? select_wanted<T, Formula, true, true>(wanted)
                         : select_wanted<T, Formula, false, true>(wanted);
@@ -332,7 +370,7 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_p
 
 template <typename T>
 BCE_EXT_TARGET void multiply(int64_t n, const T* a, const T* b, T* __restrict out) {
-  n &= ~(kLanes - 1);
+  n &= ~(kLanes<T> - 1);
   for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
 }
 
@@ -358,7 +396,7 @@ class OutputWriter {
 
   // Where to put the n elements from `begin` on, rounded up to a multiple of kLanes.
   BCE_EXT_TARGET T* block(int64_t begin, int64_t n) {
-    const bool in_place = output_.data != nullptr && output_.dtype == dtype_of<T>() && n % kLanes == 0;
+    const bool in_place = output_.data != nullptr && output_.dtype == dtype_of<T>() && n % kLanes<T> == 0;
     return in_place ? static_cast<T*>(output_.data) + begin : buffer_;
   }
 
@@ -378,7 +416,7 @@ class OutputWriter {
 
  private:
   const Output& output_;
-  T buffer_[kBlock<T> + kStagger];
+  T buffer_[kBlock<T> + kStagger<T>];
 };
 
 // ---- sum ----
@@ -387,33 +425,33 @@ class OutputWriter {
 // costs at most two roundings of T and halves the time; should that overflow, the block is added again in float64.
 template <typename T>
 BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes) {
-  double sums[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+  double sums[kLanes<T>];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] = lanes[lane];
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
       const T* at = in + i + lane;
-      sums[lane] += static_cast<double>((at[0] + at[kLanes]) + (at[2 * kLanes] + at[3 * kLanes]));
+      sums[lane] += static_cast<double>((at[0] + at[kLanes<T>]) + (at[2 * kLanes<T>] + at[3 * kLanes<T>]));
     }
   }
   uint64_t overflown = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
     overflown |= math::to_bits(math::magnitude(sums[lane])) >= math::to_bits(math::FloatFormat<double>::kInfinity);
   }
   if (overflown != 0) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] = lanes[lane];
     i = 0;
   }
-  for (; i < n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(in[i + lane]);
+  for (; i < n; i += kLanes<T>) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] += static_cast<double>(in[i + lane]);
   }
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = sums[lane];
 }
 
 template <typename T, int kCount>
-BCE_EXT_HOST_DEVICE T product_of_excesses(const T* e, int64_t step) {
+BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e, int64_t step) {
   if constexpr (kCount == 1) {
-    return *e;
+    return Numbers<T>::load(e);
   } else {
     return math::product_of_excesses(product_of_excesses<T, kCount / 2>(e, step),
                                      product_of_excesses<T, kCount / 2>(e + kCount / 2 * step, step));
@@ -426,33 +464,46 @@ template <typename T>
 class Log1pSum {
  public:
   // The next n elements, a multiple of kLanes; e is in [0, 1] or NaN.
-  BCE_EXT_TARGET void add(const T* __restrict e, int64_t n) {
-    const int64_t step = n / (kFactors * kLanes) * kLanes;
-    T* __restrict products = products_ + size_;
-    for (int64_t strip = 0; strip < step; strip += kLanes) {
-      for (int64_t i = strip; i < strip + kLanes; ++i) products[i] = product_of_excesses<T, kFactors>(e + i, step);
-    }
-    const int64_t rest = n - kFactors * step;
-    memcpy(products + step, e + kFactors * step, rest * sizeof(T));
-    size_ += step + rest;
+  BCE_EXT_TARGET void add(const T* e, int64_t n) {
+    const int64_t multiplied = multiply<kFactors>(e, n);
+    const int64_t multiplied_by_few = multiply<kFewFactors>(e + multiplied, n - multiplied);
+    const int64_t done = multiplied + multiplied_by_few;
+    multiply<1>(e + done, n - done);
   }
 
   BCE_EXT_TARGET void finish(double* lanes) {
-    for (int64_t strip = 0; strip < size_; strip += kLanes) {
-      for (int64_t i = strip; i < strip + kLanes; ++i) products_[i] = math::log1p_of_nonnegative(products_[i]);
+    for (int64_t i = 0; i < size_; i += kLanes<T>) {
+      math::log1p_of_nonnegative(Numbers<T>::load(products_ + i)).store(products_ + i);
     }
     accumulate(products_, size_, lanes);
   }
 
  private:
-  static constexpr int64_t kFactors = 16;
-  // The last two blocks of a chunk may be short: what they leave over is not multiplied.
-  T products_[kChunk / kFactors + (kFactors + 1) * kLanes];
+  static constexpr int64_t kFactors = 32;
+  static constexpr int64_t kFewFactors = 4;
+  static_assert(kBlock<T> % (kFactors * kLanes<T>) == 0);
+
+  // Multiplies kCount of (1 + e) at a time, and returns how many elements that were.
+  template <int64_t kCount>
+  BCE_EXT_TARGET int64_t multiply(const T* e, int64_t n) {
+    const int64_t step = n / (kCount * kLanes<T>)*kLanes<T>;
+    for (int64_t i = 0; i < step; i += kLanes<T>) {
+      product_of_excesses<T, kCount>(e + i, step).store(products_ + size_ + i);
+    }
+    size_ += step;
+    return kCount * step;
+  }
+
+  // All blocks but the last two of a chunk are multiplied by kFactors. Of those, less than kFactors * kLanes elements
+  // each are left to the others.
+  T products_[kChunk / kFactors + 2 * (kFactors / kFewFactors + kFewFactors) * kLanes<T>];
   int64_t size_ = 0;
 };
 
+// `joins_logs`: the losses need not be known one by one, and have the same weight, so that their logarithms can be
+// added as the logarithm of a product.
 template <typename T, typename Formula>
-BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
+BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin, int64_t end, bool joins_logs) {
   OperandReader<T> input(problem, problem.input, end - begin);
   OperandReader<T> target(problem, problem.target, end - begin);
   OperandReader<T> weight(problem, problem.weight, end - begin);
@@ -465,10 +516,7 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   const bool has_weight = problem.weight.layout != Layout::Absent;
   const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent;
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
-  // Logarithms of equal weight can be added as the logarithm of a product.
-  const bool joins_logs = std::is_same_v<Formula, WithLogits> && problem.reduce && problem.loss.data == nullptr &&
-                          problem.grad_target.data == nullptr && !has_weight && !has_grad_output && !has_pos_weight;
-  const int wanted = (joins_logs                                       ? kLinear
+  const int wanted = (joins_logs                                       ? kLinearSum
                       : problem.reduce || problem.loss.data != nullptr ? kLoss
                                                                        : 0) |
                      (problem.grad_input.data != nullptr ? kGradInput : 0) |
@@ -477,15 +525,15 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   const T scale = static_cast<T>(problem.scale);
 
   ChunkResult result;
-  double lanes[kLanes] = {};
+  double lanes[kLanes<T>] = {};
   T product[kBlock<T>];
-  T first[kBlock<T> + kStagger];
+  T first[kBlock<T> + kStagger<T>];
   Log1pSum<T> logarithms;
   int64_t n;
   for (int64_t at = begin; at < end; at += n) {
     n = smaller(kBlock<T>, end - at);
-    if (n > kLanes) n &= ~(kLanes - 1);  // what remains makes one last, small block
-    const int64_t padded = round_to_lanes(n);
+    if (n > kLanes<T>) n &= ~(kLanes<T> - 1);  // what remains makes one last, small block
+    const int64_t padded = round_to_lanes<T>(n);
 
     const T* x = input.block(at, n);
     const T* y = target.block(at, n);
@@ -506,7 +554,7 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
     const Ahead ahead{input.ahead(at + n), target.ahead(at + n),
                       has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
-    compute_block(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input, block_grad_target);
+    compute_block(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input, block_grad_target, lanes);
 
     loss.finish(block_loss, at, n);
     grad_input.finish(block_grad_input, at, n);
@@ -514,20 +562,31 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     if constexpr (std::is_same_v<Formula, Probabilities>) {
       result.input_in_range = result.input_in_range && all_in_unit_interval(n, x);
     }
-    if (problem.reduce) {
+    if (joins_logs) {
+      fill(T(0), padded - n, first + n);
+      logarithms.add(first, padded);
+    } else if (problem.reduce) {
       fill(T(0), padded - n, block_loss + n);
       accumulate(block_loss, padded, lanes);
-      if (joins_logs) {
-        fill(T(0), padded - n, first + n);
-        logarithms.add(first, padded);
-      }
     }
   }
   if (joins_logs) logarithms.finish(lanes);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   result.sum = lanes[0];
+  return result;
+}
+
+template <typename T, typename Formula>
+BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
+  const bool joins_logs = std::is_same_v<Formula, WithLogits> && problem.reduce && problem.loss.data == nullptr &&
+                          problem.grad_target.data == nullptr && problem.weight.layout == Layout::Absent &&
+                          problem.pos_weight.layout == Layout::Absent && problem.grad_output.layout == Layout::Absent;
+  const ChunkResult result = evaluate_blocks<T, Formula>(problem, begin, end, joins_logs);
+  // An infinite logit makes the linear part NaN where it has no weight, and sums of four may be too large for T: then
+  // the losses are evaluated one by one.
+  if (joins_logs && !std::isfinite(result.sum)) return evaluate_blocks<T, Formula>(problem, begin, end, false);
   return result;
 }
 

@@ -366,7 +366,13 @@ struct WithLogits {
     Terms<T> terms;
     terms.linear = against * a;
     terms.loss = math::select(against == T(0), T(0), terms.linear) + log_term * total;  // a NaN comes in with log_term
+#if defined(__CUDA_ARCH__)
+    // The same as below; the other way makes nvcc keep registers of some kernels in memory.
+    const T along = math::select(below, negative, positive);
+    terms.grad_input = math::divide(math::with_sign_of(scale, x), T(1) + e) * (against - along * e);
+#else
     terms.grad_input = scale * math::with_sign_of(against - total * math::divide(e, T(1) + e), x);
+#endif
     if constexpr (kHasPosWeight) {
       terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);
     } else {

@@ -46,10 +46,9 @@ BCE_EXT_HOST_DEVICE T load_as(HalfBits value) {
 // Stores round to nearest, ties to even; too large becomes infinite; NaN stays NaN.
 BCE_EXT_HOST_DEVICE void store_as(float value, BFloat16Bits& out) {
   const uint32_t bits = math::to_bits(value);
-  const uint32_t is_nan = 0u - static_cast<uint32_t>((bits & 0x7fffffffu) > 0x7f800000u);
+  const uint32_t ones_if_nan = 0u - static_cast<uint32_t>(value != value);
   const uint32_t half_unit = 0x7fffu + ((bits >> 16) & 1u);
-  const uint32_t quiet = 0x400000u;
-  out.bits = static_cast<uint16_t>(((bits + (half_unit & ~is_nan)) | (quiet & is_nan)) >> 16);
+  out.bits = static_cast<uint16_t>(((bits + half_unit) | ones_if_nan) >> 16);
 }
 
 BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {

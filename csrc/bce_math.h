@@ -336,9 +336,11 @@ BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 //   loss       = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
 //   dloss/dx   = w * [(1-y) * sigmoid(x)  - p*y * sigmoid(-x)]
 //   dloss/dy   = w * [p * softplus(-x) - softplus(x)]
-// written with the larger of the two sigmoids, so that for a hard label nothing cancels:
-//   softplus(|x|) = |x| + log1p(e), softplus(-|x|) = log1p(e),
-//   sigmoid(|x|) = 1 / (1+e), sigmoid(-|x|) = e / (1+e), with e = exp(-|x|).
+// With `against` the weight of the class that the logit speaks against, w*(1-y) for a positive one and w*p*y for a
+// negative one, `total` the sum of the two and e = exp(-|x|), that is
+//   loss       = against * |x| + total * log1p(e)
+//   dloss/dx   = sign(x) * [against - total * e / (1+e)]
+// in which nothing cancels for a hard label: against is 0 or total.
 struct WithLogits {
   template <typename T>
   static BCE_EXT_HOST_DEVICE T first_stage(T x) {
@@ -349,8 +351,6 @@ struct WithLogits {
   static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p, T scale, T e) {
     constexpr bool kHasPosWeight = !std::is_same_v<PosWeight, One>;
     const T a = math::magnitude(x);
-    const T log_term = math::log1p_of_unit(e);
-
     const math::Condition<T> below = math::is_negative(x);
     const T negative = w * (T(1) - y);
     T positive, total;  // positive and negative: the weights of the two classes; total: their sum
@@ -361,18 +361,13 @@ struct WithLogits {
       positive = w * y;
       total = w;
     }
-    const T against = math::select(below, positive, negative);  // the class that the logit speaks against
+    const T against = math::select(below, positive, negative);
+    const T log_term = math::log1p_of_unit(e);
 
     Terms<T> terms;
+    terms.grad_input = scale * math::with_sign_of(against - total * math::divide(e, T(1) + e), x);
     terms.linear = against * a;
     terms.loss = math::select(against == T(0), T(0), terms.linear) + log_term * total;  // a NaN comes in with log_term
-#if defined(__CUDA_ARCH__)
-    // The same as below; the other way makes nvcc keep registers of some kernels in memory.
-    const T along = math::select(below, negative, positive);
-    terms.grad_input = math::divide(math::with_sign_of(scale, x), T(1) + e) * (against - along * e);
-#else
-    terms.grad_input = scale * math::with_sign_of(against - total * math::divide(e, T(1) + e), x);
-#endif
     if constexpr (kHasPosWeight) {
       terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);
     } else {

@@ -63,6 +63,7 @@ struct Problem {
   Formula formula = Formula::WithLogits;
   bool compute_in_double = false;  // float64 arithmetic; float32 otherwise
   bool reduce = false;
+  bool past_caches = false;  // a CPU should write the gradient past its caches, where it can
   double scale = 1.0;
 
   int64_t numel = 0;

@@ -83,3 +83,16 @@ def test_deterministic_mode_has_nothing_to_object_to(device: str) -> None:
         evaluate("binary_cross_entropy_with_logits", *problem, "mean")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_too_large_for_the_caches_is_the_same(dtype: torch.dtype, device: str) -> None:
+    # Above 32 MiB a CPU writes it past them. A chunk and one element more: the last block is not a full one.
+    numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1
+    input, target = make_logits((numel,), dtype, device), make_targets((numel,), dtype, device)
+    _, gradient = evaluate("binary_cross_entropy_with_logits", input, target, None, "sum")
+    for some_input, some_target, some_gradient in zip(
+        input.split(numel // 3), target.split(numel // 3), gradient.split(numel // 3), strict=True
+    ):
+        _, expected = evaluate("binary_cross_entropy_with_logits", some_input, some_target, None, "sum")
+        assert torch.equal(some_gradient, expected)

@@ -106,6 +106,10 @@ std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& 
   pass.problem.reduce = true;
   pass.problem.scale = 1.0 / static_cast<double>(divisor);
   pass.problem.grad_input = output_of(grad_input);
+  // So large a gradient is not in a cache any more when backward hands it on; and memory that is written past the
+  // caches is not read first.
+  constexpr size_t kLargestCached = 32 << 20;
+  pass.problem.past_caches = grad_input.nbytes() > kLargestCached;
   return {scalar_loss(run(pass.problem), divisor, dtype), std::move(grad_input)};
 }
 

@@ -267,7 +267,8 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kLinearSum = 8,  // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
+  kLinearSum = 8,    // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
+  kPastCaches = 16,  // writes the gradient past the caches
 };
 
 // What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to
@@ -330,7 +331,11 @@ BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restric
                             scales, Numbers<T>::load(first + i));
       if constexpr ((kWanted & kLoss) != 0) terms.loss.store(loss + i);
       if constexpr ((kWanted & kLinearSum) != 0) linear = linear + terms.linear;
-      if constexpr ((kWanted & kGradInput) != 0) terms.grad_input.store(grad_input + i);
+      if constexpr ((kWanted & kPastCaches) != 0) {
+        terms.grad_input.store_past_caches(grad_input + i);
+      } else if constexpr ((kWanted & kGradInput) != 0) {
+        terms.grad_input.store(grad_input + i);
+      }
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(grad_target + i);
     }
     if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, lanes);
@@ -360,6 +365,9 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_p
   if constexpr (std::is_same_v<Formula, WithLogits>) {
     if (wanted == kLinearSum) return compute<T, Formula, kLinearSum, false, false>;
     if (wanted == (kLinearSum | kGradInput)) return compute<T, Formula, kLinearSum | kGradInput, false, false>;
+    if (wanted == (kLinearSum | kGradInput | kPastCaches)) {
+      return compute<T, Formula, kLinearSum | kGradInput | kPastCaches, false, false>;
+    }
     if (has_pos_weight) {
       return has_weight ? select_wanted<T, Formula, true, true>(wanted)
                         : select_wanted<T, Formula, false, true>(wanted);
@@ -521,7 +529,12 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
                                                                        : 0) |
                      (problem.grad_input.data != nullptr ? kGradInput : 0) |
                      (problem.grad_target.data != nullptr ? kGradTarget : 0);
-  const Compute<T> compute_block = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
+  const bool past_caches = problem.past_caches && wanted == (kLinearSum | kGradInput) &&
+                           problem.grad_input.dtype == dtype_of<T>() &&
+                           reinterpret_cast<uintptr_t>(problem.grad_input.data) % BCE_EXT_VECTOR_BYTES == 0;
+  const Compute<T> compute_rest = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
+  const Compute<T> compute_full =
+      past_caches ? select_compute<T, Formula>(wanted | kPastCaches, false, false) : compute_rest;
   const T scale = static_cast<T>(problem.scale);
 
   ChunkResult result;
@@ -554,7 +567,8 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
     const Ahead ahead{input.ahead(at + n), target.ahead(at + n),
                       has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
-    compute_block(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input, block_grad_target, lanes);
+    (n == padded ? compute_full : compute_rest)(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input,
+                                                block_grad_target, lanes);
 
     loss.finish(block_loss, at, n);
     grad_input.finish(block_grad_input, at, n);
@@ -570,6 +584,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       accumulate(block_loss, padded, lanes);
     }
   }
+  if (past_caches) fence_past_caches();
   if (joins_logs) logarithms.finish(lanes);
   for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];

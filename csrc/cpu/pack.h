@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../bce_math.h"
 
 namespace bce_ext {
@@ -42,6 +46,27 @@ struct Pack {
     *reinterpret_cast<InMemory*>(out + kPerRegister) = high;
   }
 
+  // To memory without a place in the caches, where the machine has a way to; `out` is aligned like a register. Other
+  // threads see it after fence_past_caches().
+  BCE_EXT_HOST_DEVICE void store_past_caches(T* out) const {
+#if defined(__x86_64__)
+    float* const to = reinterpret_cast<float*>(out);
+    float* const to_high = reinterpret_cast<float*>(out + kPerRegister);
+    if constexpr (kBytes == 16) {
+      _mm_stream_ps(to, (__m128)low);
+      _mm_stream_ps(to_high, (__m128)high);
+    } else if constexpr (kBytes == 32) {
+      _mm256_stream_ps(to, (__m256)low);
+      _mm256_stream_ps(to_high, (__m256)high);
+    } else {
+      _mm512_stream_ps(to, (__m512)low);
+      _mm512_stream_ps(to_high, (__m512)high);
+    }
+#else
+    store(out);
+#endif
+  }
+
   friend BCE_EXT_HOST_DEVICE Pack operator+(Pack a, Pack b) { return {a.low + b.low, a.high + b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator-(Pack a, Pack b) { return {a.low - b.low, a.high - b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator*(Pack a, Pack b) { return {a.low * b.low, a.high * b.high}; }
@@ -59,6 +84,12 @@ struct Pack {
     return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
   }
 };
+
+BCE_EXT_HOST_DEVICE void fence_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 namespace math {
 

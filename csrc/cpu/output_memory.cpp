@@ -2,9 +2,9 @@
 //
 // A training step writes a gradient of the same size as the step before. The C library returns a large block to the
 // system when it is freed, and gets the next one page by page, each of them cleared first: for a large loss that takes
-// longer than the loss itself. So a few freed blocks are kept. The large ones among them are nobody's while they wait:
-// MADV_FREE lets the system take their pages when it runs short of memory, and those that it did not take can be
-// written to without a page fault.
+// longer than the loss itself. So a few freed blocks are kept. What is too much for the process to sit on is nobody's
+// while it waits: MADV_FREE lets the system take its pages when it runs short of memory, and those that it did not take
+// can be written to without a page fault.
 #include "output_memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -25,14 +26,15 @@ namespace {
 
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kHugePage = 2 * kMiB;
-constexpr size_t kSmallestKept = 1 * kMiB;   // below, the C library does as well
-constexpr size_t kLargestOwned = 32 * kMiB;  // what the C library, too, keeps as its own at most
+constexpr size_t kSmallestKept = 1 * kMiB;  // below, the C library does as well
+constexpr size_t kMostOwned = 128 * kMiB;   // of all freed blocks together; what is above is nobody's
 
 // A stretch of memory from c10::alloc_cpu with room for so many bytes of data, which start at a huge page if they fill
 // one.
 struct Block {
   void* start;
   size_t capacity;
+  bool is_owned;  // while it is kept: it is not the system's to take
 
   char* data() const {
     const size_t alignment = capacity < kHugePage ? c10::gAlignment : kHugePage;
@@ -43,7 +45,7 @@ struct Block {
 
 Block allocate_block(size_t capacity) {
   const size_t slack = capacity < kHugePage ? 2 * c10::gAlignment : kHugePage + c10::gAlignment;
-  const Block block{c10::alloc_cpu(capacity + slack), capacity};
+  const Block block{c10::alloc_cpu(capacity + slack), capacity, false};
 #ifdef MADV_HUGEPAGE
   // Before the first touch, which then takes one page fault for 2 MiB instead of 512. A hint: where it is refused,
   // nothing is lost but time.
@@ -52,9 +54,8 @@ Block allocate_block(size_t capacity) {
   return block;
 }
 
-// Whether a freed block may be kept.
+// Lets the system take a block that waits. False where it cannot.
 bool disown(const Block& block) {
-  if (block.capacity <= kLargestOwned) return true;
 #if defined(__linux__) && defined(MADV_FREE)
   return madvise(block.data(), block.capacity / kHugePage * kHugePage, MADV_FREE) == 0;
 #else
@@ -65,7 +66,7 @@ bool disown(const Block& block) {
 // Whether a block still has all of its pages. One that lost some gets them back 4 KiB at a time, huge pages no more: it
 // is better replaced.
 bool is_whole(const Block& block) {
-  if (block.capacity <= kLargestOwned) return true;
+  if (block.is_owned) return true;
 #if defined(__linux__)
   static const size_t page = sysconf(_SC_PAGESIZE);
   const size_t nbytes = block.capacity / kHugePage * kHugePage;
@@ -98,6 +99,7 @@ class FreedBlocks {
       if (best == blocks_.end()) return std::nullopt;
       taken = *best;
       blocks_.erase(best);
+      if (taken.is_owned) owned_ -= taken.capacity;
     }
     if (is_whole(taken)) return taken;
     c10::free_cpu(taken.start);
@@ -105,14 +107,18 @@ class FreedBlocks {
   }
 
   void put(Block block) {
-    if (!disown(block)) return c10::free_cpu(block.start);
+    // An estimate, where other threads are here: the bound may be passed by a block for each of them.
+    block.is_owned = owned_ + block.capacity <= kMostOwned;
+    if (!block.is_owned && !disown(block)) return c10::free_cpu(block.start);
     {
       const std::unique_lock lock(mutex_, std::try_to_lock);
       if (lock) {
         blocks_.push_back(block);
+        if (block.is_owned) owned_ += block.capacity;
         if (blocks_.size() <= kKept) return;
         block = blocks_.front();
         blocks_.erase(blocks_.begin());
+        if (block.is_owned) owned_ -= block.capacity;
       }
     }
     c10::free_cpu(block.start);
@@ -122,6 +128,7 @@ class FreedBlocks {
   static constexpr size_t kKept = 4;  // the outputs of some losses of a model
   std::mutex mutex_;
   std::vector<Block> blocks_;
+  std::atomic<size_t> owned_ = 0;  // bytes of the owned ones among them; written under the lock
 };
 
 FreedBlocks& freed_blocks() {

@@ -27,7 +27,7 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T linear;  // WithLogits: the loss without log1p(e), but NaN for an infinite logit that has no weight
+  T linear;  // WithLogits: the loss without log1p(e), but NaN for an infinite logit that has no weight; else 0
   T grad_input;
   T grad_target;
 };
@@ -402,6 +402,7 @@ struct Probabilities {
     const T variance = (T(1) - q) * q;
 
     Terms<T> terms;
+    terms.linear = T(0);
     terms.loss = -w * (y * bounded_log_q + (T(1) - y) * bounded_log_rest);
     terms.grad_input = scale * (w * (q - y) / math::select(variance < T(1e-12), T(1e-12), variance));
     terms.grad_target = scale * math::weighted(w, log_rest - log_q);

@@ -89,12 +89,23 @@ def test_what_is_kept_as_our_own_is_bounded() -> None:
     assert memory_of_kind("LazyFree") - before >= size - 4 * MIB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_a_gradient_that_comes_back_at_each_step_stays_our_own() -> None:
+    stale = [gradient(8 * MIB) for _ in range(4)]
+    del stale  # fills what may be our own
+    gradient(16 * MIB)
+    before = memory_of_kind("LazyFree")
+    for _ in range(3):
+        gradient(16 * MIB)
+    assert memory_of_kind("LazyFree") - before < 4 * MIB
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's madvise")
 def test_memory_that_the_system_took_is_replaced() -> None:
     large = gradient(LARGE, 9.0)
-    huge = memory_of_kind("AnonHugePages")
     begin, end = large.data_ptr(), large.data_ptr() + large.nbytes
     del large
+    huge = memory_of_kind("AnonHugePages")
     dontneed = 4
     for page in range(begin, end, 2 * MIB):  # one small page out of every huge one, which splits them
         assert ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(4096), dontneed) == 0

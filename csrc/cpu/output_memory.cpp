@@ -15,7 +15,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -107,28 +106,44 @@ class FreedBlocks {
   }
 
   void put(Block block) {
-    // An estimate, where other threads are here: the bound may be passed by a block for each of them.
-    block.is_owned = owned_ + block.capacity <= kMostOwned;
-    if (!block.is_owned && !disown(block)) return c10::free_cpu(block.start);
-    {
-      const std::unique_lock lock(mutex_, std::try_to_lock);
-      if (lock) {
-        blocks_.push_back(block);
-        if (block.is_owned) owned_ += block.capacity;
-        if (blocks_.size() <= kKept) return;
-        block = blocks_.front();
-        blocks_.erase(blocks_.begin());
-        if (block.is_owned) owned_ -= block.capacity;
-      }
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return c10::free_cpu(block.start);
+    block.is_owned = block.capacity <= kMostOwned;
+    if (block.is_owned) {
+      make_room(block.capacity);
+      owned_ += block.capacity;
+    } else if (!disown(block)) {
+      return c10::free_cpu(block.start);
     }
-    c10::free_cpu(block.start);
+    blocks_.push_back(block);
+    if (blocks_.size() > kKept) remove(blocks_.begin());
   }
 
  private:
   static constexpr size_t kKept = 4;  // the outputs of some losses of a model
+
+  // Disowns the oldest blocks until so much more can be owned.
+  void make_room(size_t capacity) {
+    for (auto block = blocks_.begin(); owned_ + capacity > kMostOwned;) {
+      if (block->is_owned && !disown(*block)) {
+        block = remove(block);
+        continue;
+      }
+      if (block->is_owned) owned_ -= block->capacity;
+      block->is_owned = false;
+      ++block;
+    }
+  }
+
+  std::vector<Block>::iterator remove(std::vector<Block>::iterator block) {
+    if (block->is_owned) owned_ -= block->capacity;
+    c10::free_cpu(block->start);
+    return blocks_.erase(block);
+  }
+
   std::mutex mutex_;
   std::vector<Block> blocks_;
-  std::atomic<size_t> owned_ = 0;  // bytes of the owned ones among them; written under the lock
+  size_t owned_ = 0;  // bytes of the owned ones among them
 };
 
 FreedBlocks& freed_blocks() {

@@ -91,6 +91,7 @@ def test_a_gradient_too_large_for_the_caches_is_the_same(dtype: torch.dtype, dev
     numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1
     input, target = make_logits((numel,), dtype, device), make_targets((numel,), dtype, device)
     _, gradient = evaluate("binary_cross_entropy_with_logits", input, target, None, "sum")
+    torch.testing.assert_close(gradient, (torch.sigmoid(input.double()) - target.double()).to(dtype))
     for some_input, some_target, some_gradient in zip(
         input.split(numel // 3), target.split(numel // 3), gradient.split(numel // 3), strict=True
     ):

@@ -79,10 +79,6 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Condition operator==(Pack a, Pack b) { return {a.low == b.low, a.high == b.high}; }
   friend BCE_EXT_HOST_DEVICE Condition operator<(Pack a, Pack b) { return {a.low < b.low, a.high < b.high}; }
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
-
-  static BCE_EXT_HOST_DEVICE Pack select(Condition condition, Pack a, Pack b) {
-    return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
-  }
 };
 
 BCE_EXT_HOST_DEVICE void fence_past_caches() {
@@ -112,7 +108,7 @@ struct Number<Pack<T, kBytes> > {
     return from_bits(to_bits(a) ^ (to_bits(b) & ~FloatFormat<T>::kMagnitudeMask));
   }
   static BCE_EXT_HOST_DEVICE Numbers select(Condition condition, Numbers a, Numbers b) {
-    return Numbers::select(condition, a, b);
+    return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
   }
 };
 

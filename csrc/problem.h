@@ -53,7 +53,7 @@ struct Output {
 enum class Formula : int8_t { WithLogits, Probabilities };
 
 // One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input,
-// grad_target) the terms of bce_math.h for the weight w * g:
+// grad_target) the terms of formulas.h for the weight w * g:
 //   output loss         = loss
 //   sum                += loss                       (when `reduce`; in an order that depends on numel alone)
 //   output grad_input   = scale * grad_input

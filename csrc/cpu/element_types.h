@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../bce_math.h"
+#include "../elementary.h"
 #include "../problem.h"
 
 namespace bce_ext {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "../bce_math.h"
+#include "../formulas.h"
 #include "block_reduce.cuh"
 #include "factor.cuh"
 

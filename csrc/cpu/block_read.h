@@ -1,0 +1,230 @@
+// The first step of the CPU kernel: operands of a block, converted or gathered into buffers of the compute type.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "../problem.h"
+#include "block.h"
+#include "element_types.h"
+
+namespace bce_ext {
+namespace BCE_EXT_ISA {
+namespace {
+
+template <typename T, typename S>
+BCE_EXT_TARGET void convert(const S* __restrict in, int64_t n, T* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = load_as<T>(in[i]);
+}
+
+// Vector units convert 32-bit integers to floating point, 64-bit ones only from AVX-512 on; and labels are small.
+template <typename T, typename S>
+BCE_EXT_TARGET void convert_wide(const S* __restrict in, int64_t n, T* __restrict out) {
+  uint64_t high_bits = 0;
+  for (int64_t i = 0; i < n; ++i) high_bits |= (static_cast<uint64_t>(in[i]) + 0x80000000u) >> 32;
+  if (high_bits == 0) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<int32_t>(in[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+  }
+}
+
+template <typename T>
+BCE_EXT_TARGET __attribute__((noinline)) void fill(T value, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+template <typename T, typename S>
+BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<S, int64_t> || std::is_same_v<S, uint64_t>) {
+      convert_wide(in, n, out);
+    } else {
+      convert(in, n, out);
+    }
+  } else if (stride == 0) {
+    fill(load_as<T>(*in), n, out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = load_as<T>(in[i * stride]);
+  }
+}
+
+// Reads whole rows that are too short to be worth a run each: column by column.
+template <typename T, typename S>
+BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t row,
+                                    T* __restrict out) {
+  for (int64_t column = 0; column < row; ++column) {
+    for (int64_t r = 0; r < rows; ++r) out[r * row + column] = load_as<T>(in[r * row_stride + column * stride]);
+  }
+}
+
+// Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.
+template <typename T, typename S>
+BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  constexpr int64_t kShortRow = 32;
+  const int last = problem.ndim - 1;
+  const S* in = static_cast<const S*>(operand.data);
+  int64_t coordinates[kMaxDims];
+  int64_t offset = 0;
+  for (int d = last; d >= 0; --d) {
+    coordinates[d] = begin % problem.sizes[d];
+    begin /= problem.sizes[d];
+    offset += coordinates[d] * operand.strides[d];
+  }
+  const int64_t row = problem.sizes[last];
+  const int64_t stride = operand.strides[last];
+  for (;;) {
+    int d = last;  // the dimension along which to step on
+    int64_t steps;
+    if (last > 0 && row < kShortRow && coordinates[last] == 0 && n >= row) {
+      d = last - 1;
+      steps = smaller(n / row, problem.sizes[d] - coordinates[d]);
+      read_short_rows(in + offset, operand.strides[d], stride, steps, row, out);
+      n -= steps * row;
+      out += steps * row;
+    } else {
+      steps = smaller(n, row - coordinates[last]);
+      read_run(in + offset, stride, steps, out);
+      n -= steps;
+      out += steps;
+    }
+    if (n == 0) return;
+    coordinates[d] += steps;
+    offset += steps * operand.strides[d];
+    while (coordinates[d] == problem.sizes[d]) {
+      offset -= coordinates[d] * operand.strides[d];
+      coordinates[d] = 0;
+      --d;
+      ++coordinates[d];
+      offset += operand.strides[d];
+    }
+  }
+}
+
+template <typename T, typename S>
+BCE_EXT_TARGET void read_elements(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  const S* in = static_cast<const S*>(operand.data);
+  switch (operand.layout) {
+    case Layout::Absent:
+      return fill(T(1), n, out);
+    case Layout::Scalar:
+      return fill(load_as<T>(*in), n, out);
+    case Layout::Flat:
+      return read_run(in + begin, 1, n, out);
+    case Layout::Strided:
+      return read_strided<T, S>(problem, operand, begin, n, out);
+  }
+}
+
+template <typename T>
+BCE_EXT_TARGET void read(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+  switch (operand.dtype) {
+    case Dtype::Bool:
+      return read_elements<T, BoolBits>(problem, operand, begin, n, out);
+    case Dtype::UInt8:
+      return read_elements<T, uint8_t>(problem, operand, begin, n, out);
+    case Dtype::Int8:
+      return read_elements<T, int8_t>(problem, operand, begin, n, out);
+    case Dtype::Int16:
+      return read_elements<T, int16_t>(problem, operand, begin, n, out);
+    case Dtype::UInt16:
+      return read_elements<T, uint16_t>(problem, operand, begin, n, out);
+    case Dtype::Int32:
+      return read_elements<T, int32_t>(problem, operand, begin, n, out);
+    case Dtype::UInt32:
+      return read_elements<T, uint32_t>(problem, operand, begin, n, out);
+    case Dtype::Int64:
+      return read_elements<T, int64_t>(problem, operand, begin, n, out);
+    case Dtype::UInt64:
+      return read_elements<T, uint64_t>(problem, operand, begin, n, out);
+    case Dtype::Half:
+      return read_elements<T, HalfBits>(problem, operand, begin, n, out);
+    case Dtype::BFloat16:
+      return read_elements<T, BFloat16Bits>(problem, operand, begin, n, out);
+    case Dtype::Float:
+      return read_elements<T, float>(problem, operand, begin, n, out);
+    case Dtype::Double:
+      return read_elements<T, double>(problem, operand, begin, n, out);
+  }
+}
+
+// The number of elements after which the values of an operand repeat: the product of the sizes inside of the outermost
+// dimension with a stride.
+BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
+  if (operand.layout == Layout::Absent || operand.layout == Layout::Scalar) return 1;
+  if (operand.layout == Layout::Flat) return problem.numel;
+  int first = 0;
+  while (first < problem.ndim && operand.strides[first] == 0) ++first;
+  int64_t product = 1;
+  for (int d = first; d < problem.ndim; ++d) product *= problem.sizes[d];
+  return product;
+}
+
+// Memory that is about to be read: `bytes` for each element.
+struct Stream {
+  const char* data;
+  int64_t bytes;
+
+  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const { __builtin_prefetch(data + element * bytes); }
+};
+
+// Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a
+// tile that holds every block as a contiguous stretch.
+template <typename T>
+class OperandReader {
+ public:
+  BCE_EXT_TARGET OperandReader(const Problem& problem, const Operand& operand, int64_t numel)
+      : problem_(problem),
+        operand_(operand),
+        numel_(numel),
+        period_(period(problem, operand)),
+        in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
+        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {}
+
+  // What will be read for the elements from `begin` on, where that is a plain stretch of memory.
+  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
+    if (operand_.layout != Layout::Flat) return {reinterpret_cast<const char*>(buffer_), 0};
+    const int64_t bytes = size_of(operand_.dtype);
+    return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
+  }
+
+  // The n elements from `begin` on, at most kBlock, followed by zeros up to a multiple of kLanes. Only the last block
+  // of a chunk may need these: no tile is read after it.
+  BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
+    if (n % kLanes<T> == 0) {
+      if (in_place_) return static_cast<const T*>(operand_.data) + begin;
+      if (tiled_) {
+        if (!tile_is_read_) read_tile();
+        return buffer_ + begin % period_;
+      }
+    }
+    read(problem_, operand_, begin, n, buffer_);
+    fill(T(0), round_to_lanes<T>(n) - n, buffer_ + n);
+    return buffer_;
+  }
+
+ private:
+  BCE_EXT_TARGET void read_tile() {
+    read(problem_, operand_, 0, period_, buffer_);
+    const int64_t length = period_ + smaller(kBlock<T>, numel_);
+    for (int64_t filled = period_; filled < length;) {
+      const int64_t copied = smaller(filled, length - filled);
+      memcpy(buffer_ + filled, buffer_, copied * sizeof(T));
+      filled += copied;
+    }
+    tile_is_read_ = true;
+  }
+
+  const Problem& problem_;
+  const Operand& operand_;
+  const int64_t numel_;  // of the chunk
+  const int64_t period_;
+  const bool in_place_;
+  const bool tiled_;
+  bool tile_is_read_ = false;
+  T buffer_[2 * kBlock<T> + kStagger<T>];
+};
+
+}  // namespace
+}  // namespace BCE_EXT_ISA
+}  // namespace bce_ext

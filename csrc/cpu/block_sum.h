@@ -1,0 +1,91 @@
+// The last step of the CPU kernel: sums of losses, in an order that depends on their number alone.
+#pragma once
+
+#include "block.h"
+
+namespace bce_ext {
+namespace BCE_EXT_ISA {
+namespace {
+
+// Adds element i to lane i % kLanes, in an order that depends on n alone. Four at a time are added in T first, which
+// costs at most two roundings of T and halves the time; should that overflow, the block is added again in float64.
+template <typename T>
+BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes) {
+  double sums[kLanes<T>];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] = lanes[lane];
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+      const T* at = in + i + lane;
+      sums[lane] += static_cast<double>((at[0] + at[kLanes<T>]) + (at[2 * kLanes<T>] + at[3 * kLanes<T>]));
+    }
+  }
+  uint64_t overflown = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    overflown |= math::to_bits(math::magnitude(sums[lane])) >= math::to_bits(math::FloatFormat<double>::kInfinity);
+  }
+  if (overflown != 0) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] = lanes[lane];
+    i = 0;
+  }
+  for (; i < n; i += kLanes<T>) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sums[lane] += static_cast<double>(in[i + lane]);
+  }
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = sums[lane];
+}
+
+template <typename T, int kCount>
+BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e, int64_t step) {
+  if constexpr (kCount == 1) {
+    return Numbers<T>::load(e);
+  } else {
+    return math::product_of_excesses(product_of_excesses<T, kCount / 2>(e, step),
+                                     product_of_excesses<T, kCount / 2>(e + kCount / 2 * step, step));
+  }
+}
+
+// Adds log1p(e) over the elements of a chunk, with one logarithm for the product of up to kFactors of (1 + e), which
+// takes far less than a logarithm each.
+template <typename T>
+class Log1pSum {
+ public:
+  // The next n elements, a multiple of kLanes; e is in [0, 1] or NaN.
+  BCE_EXT_TARGET void add(const T* e, int64_t n) {
+    const int64_t multiplied = multiply<kFactors>(e, n);
+    const int64_t multiplied_by_few = multiply<kFewFactors>(e + multiplied, n - multiplied);
+    const int64_t done = multiplied + multiplied_by_few;
+    multiply<1>(e + done, n - done);
+  }
+
+  BCE_EXT_TARGET void finish(double* lanes) {
+    for (int64_t i = 0; i < size_; i += kLanes<T>) {
+      math::log1p_of_nonnegative(Numbers<T>::load(products_ + i)).store(products_ + i);
+    }
+    accumulate(products_, size_, lanes);
+  }
+
+ private:
+  static constexpr int64_t kFactors = 32;
+  static constexpr int64_t kFewFactors = 4;
+  static_assert(kBlock<T> % (kFactors * kLanes<T>) == 0);
+
+  // Multiplies kCount of (1 + e) at a time, and returns how many elements that were.
+  template <int64_t kCount>
+  BCE_EXT_TARGET int64_t multiply(const T* e, int64_t n) {
+    const int64_t step = n / (kCount * kLanes<T>)*kLanes<T>;
+    for (int64_t i = 0; i < step; i += kLanes<T>) {
+      product_of_excesses<T, kCount>(e + i, step).store(products_ + size_ + i);
+    }
+    size_ += step;
+    return kCount * step;
+  }
+
+  // All blocks but the last two of a chunk are multiplied by kFactors. Of those, less than kFactors * kLanes elements
+  // each are left to the others.
+  T products_[kChunk / kFactors + 2 * (kFactors / kFewFactors + kFewFactors) * kLanes<T>];
+  int64_t size_ = 0;
+};
+
+}  // namespace
+}  // namespace BCE_EXT_ISA
+}  // namespace bce_ext

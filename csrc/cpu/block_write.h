@@ -1,0 +1,50 @@
+// The third step of the CPU kernel: a block of results, rounded to the type of the output.
+#pragma once
+
+#include "../problem.h"
+#include "block.h"
+#include "element_types.h"
+
+namespace bce_ext {
+namespace BCE_EXT_ISA {
+namespace {
+
+template <typename S, typename T>
+BCE_EXT_TARGET void store(const T* __restrict in, int64_t n, void* data, int64_t begin) {
+  S* __restrict out = static_cast<S*>(data) + begin;
+  for (int64_t i = 0; i < n; ++i) store_as(in[i], out[i]);
+}
+
+template <typename T>
+class OutputWriter {
+ public:
+  BCE_EXT_TARGET explicit OutputWriter(const Output& output) : output_(output) {}
+
+  // Where to put the n elements from `begin` on, rounded up to a multiple of kLanes.
+  BCE_EXT_TARGET T* block(int64_t begin, int64_t n) {
+    const bool in_place = output_.data != nullptr && output_.dtype == dtype_of<T>() && n % kLanes<T> == 0;
+    return in_place ? static_cast<T*>(output_.data) + begin : buffer_;
+  }
+
+  BCE_EXT_TARGET void finish(const T* block, int64_t begin, int64_t n) const {
+    if (output_.data == nullptr || block != buffer_) return;
+    switch (output_.dtype) {
+      case Dtype::Half:
+        return store<HalfBits>(block, n, output_.data, begin);
+      case Dtype::BFloat16:
+        return store<BFloat16Bits>(block, n, output_.data, begin);
+      case Dtype::Double:
+        return store<double>(block, n, output_.data, begin);
+      default:
+        return store<float>(block, n, output_.data, begin);
+    }
+  }
+
+ private:
+  const Output& output_;
+  T buffer_[kBlock<T> + kStagger<T>];
+};
+
+}  // namespace
+}  // namespace BCE_EXT_ISA
+}  // namespace bce_ext

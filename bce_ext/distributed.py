@@ -11,6 +11,7 @@ DTensor is imported by those who use it, not by this package: the rules are regi
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -74,17 +75,18 @@ def _register() -> None:
         if op is ops._bce_loss_and_grad.default:
             return [reduced, shard]
         if op is ops._bce_backward.default:
-            return [shard if wanted else Replicate() for wanted in arguments[7]]
+            return [shard if wanted else Replicate() for wanted in arguments[9]]
         if op is ops._bce_loss.default:
-            return [reduced if arguments[5] else shard]
-        if shard.is_shard() and reduction_of(op, arguments) == _MEAN:
+            return [reduced if arguments[7] else shard]
+        if op is ops._count_valid.default:
+            return [reduced]
+        if shard.is_shard() and averages(op, arguments):
             return [Partial("avg")]
-        return [reduced if reduction_of(op, arguments) else shard]
+        return [reduced if arguments[7] else shard]
 
-    def reduction_of(op: Any, arguments: Sequence[Any]) -> int:
-        if op is ops._bce.default:
-            return int(arguments[5])
-        return int(arguments[3 if op is ops.binary_cross_entropy.default else 4])
+    def averages(op: Any, arguments: Sequence[Any]) -> bool:
+        """Whether the divisor is the number of elements."""
+        return op is ops._bce.default and arguments[7] == _MEAN and arguments[4] is None
 
     def strategy(schema: OpSchema) -> OpStrategy:
         op = schema.op
@@ -94,16 +96,17 @@ def _register() -> None:
         ]
         strategies = schema.args_strategy
         operands = [each.strategies[0].output_spec for each in strategies]
-        input, target = operands[1:3] if op is ops._bce_backward.default else operands[0:2]
+        input, target = operands[0], operands[0 if op is ops._count_valid.default else 1]
         mesh = input.mesh
-        # The public operators reach DTensor where autograd is off altogether, as in inference mode. They have no divisor, so that the mean of uneven
-        # shards takes the whole input.
-        takes_mean = op in public and reduction_of(op, arguments) == _MEAN
+        # _bce reaches DTensor where autograd is off altogether, as in inference mode. It has no divisor, so that the mean of uneven shards, or of those
+        # that ignore different numbers of elements, takes the whole input.
+        takes_whole = averages(op, arguments)
+        ignores = takes_whole and len(arguments[6]) > 1 and not math.isnan(arguments[6][1])
 
         columns = []  # for each dimension of the mesh: the placements of the outputs, then those of the operands
         for of_input, of_target in zip(input.placements, target.placements, strict=True):
             shard: Any = next((each for each in (of_input, of_target) if each.is_shard()), None)
-            if shard is None or (takes_mean and input.shape[shard.dim] % mesh.size() != 0):
+            if shard is None or (takes_whole and (ignores or input.shape[shard.dim] % mesh.size() != 0)):
                 columns.append(outputs_of(op, arguments, Replicate()) + [Replicate()] * len(operands))
                 continue
             along: list[Any] = []
@@ -123,9 +126,12 @@ def _register() -> None:
         costs = [generate_redistribute_costs(*each) for each in zip(strategies, inputs, strict=True)]
         return OpStrategy([OpSpec(outputs[0] if returns == 1 else tuple(outputs), inputs, costs)])
 
-    public = {ops.binary_cross_entropy_with_logits.default: 4, ops.binary_cross_entropy.default: 3, ops._bce.default: 4}
-    internal = {ops._bce_loss.default: 4, ops._bce_loss_and_grad.default: 4, ops._bce_backward.default: 5}
-    for op, first_without_tensors in {**public, **internal}.items():
-        DTensor._op_dispatcher.sharding_propagator.register_op_strategy(
-            op, strategy, RuntimeSchemaInfo(first_without_tensors)
-        )
+    first_without_tensors = {
+        ops._bce.default: 5,
+        ops._bce_loss.default: 5,
+        ops._bce_loss_and_grad.default: 5,
+        ops._bce_backward.default: 5,
+        ops._count_valid.default: 1,
+    }
+    for op, static_argnum in first_without_tensors.items():
+        DTensor._op_dispatcher.sharding_propagator.register_op_strategy(op, strategy, RuntimeSchemaInfo(static_argnum))

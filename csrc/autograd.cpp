@@ -35,26 +35,18 @@ bool requires_grad(const OptionalTensor& tensor) { return is_defined(tensor) && 
 bool needs_composite(const Arguments& arguments) {
   return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) ||
          has_tangent(arguments.target) || has_tangent(arguments.weight) || has_tangent(arguments.pos_weight) ||
-         (at::GradMode::is_enabled() && (requires_grad(arguments.weight) || requires_grad(arguments.pos_weight)));
+         has_tangent(arguments.normalizer) ||
+         (at::GradMode::is_enabled() && (requires_grad(arguments.weight) || requires_grad(arguments.pos_weight) ||
+                                         requires_grad(arguments.normalizer)));
 }
 
 bool needs_graph(const Arguments& arguments) {
   return at::GradMode::is_enabled() && (arguments.input.requires_grad() || arguments.target.requires_grad());
 }
 
-// Whether the tensor is memory and nothing else: no subclass, no tracer, no transform that would want to see every
-// operation on it.
-bool is_plain(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::FuncTorchGradWrapper});
-  return !tensor.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !transform_is_active();
-}
-
 // `grad` belongs to the caller alone.
 Tensor scaled(Tensor grad, const Tensor& grad_output) {
-  if (is_plain(grad) && is_plain(grad_output)) {
+  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     scale_grad_(grad, grad_output);
     return grad;
@@ -69,33 +61,39 @@ bool stores_gradient(const Arguments& arguments, int64_t reduction) {
          arguments.input.scalar_type() != at::kHalf;
 }
 
-// What the node keeps beside the inputs. Small losses are bound by the cost of the node: the options share one entry.
+// What the node keeps beside the inputs. Small losses are bound by the cost of the node: the numbers share one entry,
+// and options have one where there are any.
 constexpr auto kGradient = "gradient";
+constexpr auto kNumbers = "numbers";
 constexpr auto kOptions = "options";
 
-struct Options {
-  bool with_logits;
+struct Numbers {
+  int64_t formula;
   int64_t reduction;
   at::ScalarType dtype;
 
-  int64_t pack() const {
-    return (static_cast<int64_t>(dtype) << 3) | (reduction << 1) | static_cast<int64_t>(with_logits);
-  }
-  static Options unpack(int64_t packed) {
-    return {(packed & 1) != 0, (packed >> 1) & 3, static_cast<at::ScalarType>(packed >> 3)};
+  int64_t pack() const { return (formula << 16) | (static_cast<int64_t>(dtype) << 2) | reduction; }
+  static Numbers unpack(int64_t packed) {
+    return {packed >> 16, packed & 3, static_cast<at::ScalarType>((packed >> 2) & 0x3fff)};
   }
 };
 
 // The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula.
-std::tuple<Tensor, Tensor> differentiable_backward(const Tensor& grad_output, const Arguments& arguments,
+std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& grad_output,
                                                    c10::SymInt divisor, std::array<bool, 2> output_mask) {
+  if (grad_output.layout() != at::kStrided) {
+    return differentiable_backward(arguments, grad_output.to_dense(), std::move(divisor), output_mask);
+  }
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
-  if (differentiable || has_tangent(grad_output) || needs_composite(arguments)) {
-    return composite_backward(grad_output, arguments, divisor, output_mask);
+  const bool is_stored_only = output_mask[1] && !is_arithmetic(arguments.target.scalar_type());  // an 8-bit float
+  if (differentiable || is_stored_only || has_tangent(grad_output) || needs_composite(arguments)) {
+    return composite_backward(arguments, grad_output, divisor, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return bce_backward(grad_output, arguments, std::move(divisor), output_mask);
+  return bce_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd
@@ -106,14 +104,15 @@ struct BCEFunction {
     Tensor loss;
     if (stored) {
       Tensor gradient;
-      std::tie(loss, gradient) = bce_loss_and_grad(arguments, divisor_of(arguments.input, reduction), dtype);
+      std::tie(loss, gradient) = bce_loss_and_grad(arguments, divisor_of(arguments, reduction), dtype);
       ctx->saved_data[kGradient] = std::move(gradient);
     } else {
       loss = loss_without_grad(arguments, reduction, dtype);
     }
-    ctx->saved_data[kOptions] = Options{arguments.with_logits, reduction, dtype}.pack();
+    ctx->saved_data[kNumbers] = Numbers{arguments.formula, reduction, dtype}.pack();
+    if (!arguments.options.empty()) ctx->saved_data[kOptions] = arguments.options.vec();
     ctx->save_for_backward({arguments.input, arguments.target, arguments.weight.value_or(Tensor()),
-                            arguments.pos_weight.value_or(Tensor())});
+                            arguments.pos_weight.value_or(Tensor()), arguments.normalizer.value_or(Tensor())});
     return loss;
   }
 
@@ -122,7 +121,8 @@ struct BCEFunction {
     const Tensor& grad_output = grad_outputs[0];
     auto& saved_data = ctx->saved_data;
     const auto stored = saved_data.find(kGradient);
-    if (stored != saved_data.end() && stored->second.isTensor() && !at::GradMode::is_enabled()) {
+    const bool is_stored = stored != saved_data.end() && !at::GradMode::is_enabled() && !has_tangent(grad_output);
+    if (is_stored && stored->second.isTensor()) {
       // Handed over once and for all: nobody else may see the tensor scaled, or scale it again. A second backward
       // through a retained graph computes it anew.
       Tensor gradient = std::move(stored->second).toTensor();
@@ -130,18 +130,20 @@ struct BCEFunction {
       return {scaled(std::move(gradient), grad_output), Tensor()};
     }
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const OptionalTensor pos_weight = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
-    const auto options = Options::unpack(saved_data[kOptions].toInt());
-    const Arguments arguments{saved[0], saved[1], weight, pos_weight, options.with_logits};
-    const auto divisor = divisor_of(arguments.input, options.reduction);
-    if (stored != saved_data.end() && !at::GradMode::is_enabled()) {
+    const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]), normalizer = optional(saved[4]);
+    const auto numbers = Numbers::unpack(saved_data[kNumbers].toInt());
+    const auto saved_options = saved_data.find(kOptions);
+    const auto options =
+        saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
+    const Arguments arguments{saved[0], saved[1], weight, pos_weight, normalizer, numbers.formula, options};
+    const auto divisor = divisor_of(arguments, numbers.reduction);
+    if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, options.dtype)), grad_output), Tensor()};
+      return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, numbers.dtype)), grad_output), Tensor()};
     }
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [grad_input, grad_target] = differentiable_backward(grad_output, arguments, divisor, wanted);
+    auto [grad_input, grad_target] = differentiable_backward(arguments, grad_output, divisor, wanted);
     return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
   }
 };
@@ -177,7 +179,13 @@ Tensor loss_with_node(const Arguments& arguments, int64_t reduction, at::ScalarT
   return loss;
 }
 
-Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
+Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at::ScalarType> given_dtype) {
+  check_arguments(given);
+  check_reduction(given, reduction);
+  const at::ScalarType dtype = given_dtype.value_or(loss_dtype(given));
+  check_loss_dtype(dtype);
+  const OptionalTensor normalizer = normalizer_of(given, reduction);
+  const Arguments arguments = given.with_normalizer(normalizer);
   if (needs_composite(arguments)) return composite_loss(arguments, reduction, dtype);
   if (!needs_graph(arguments)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -186,42 +194,18 @@ Tensor differentiable_loss(const Arguments& arguments, int64_t reduction, at::Sc
   return loss_with_node(arguments, reduction, dtype);
 }
 
-Tensor with_logits_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                            const OptionalTensor& pos_weight, int64_t reduction) {
-  const Arguments arguments{input, target, weight, pos_weight, /*with_logits=*/true};
+std::tuple<Tensor, Tensor> backward_autograd(const Arguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
+                                             std::array<bool, 2> output_mask) {
   check_arguments(arguments);
-  check_reduction(reduction);
-  return differentiable_loss(arguments, reduction, loss_dtype(arguments));
-}
-
-Tensor probabilities_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                              int64_t reduction) {
-  const Arguments arguments{input, target, weight, std::nullopt, /*with_logits=*/false};
-  check_arguments(arguments);
-  check_reduction(reduction);
-  return differentiable_loss(arguments, reduction, loss_dtype(arguments));
-}
-
-Tensor bce_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const OptionalTensor& pos_weight, bool with_logits, int64_t reduction, at::ScalarType dtype) {
-  return differentiable_loss({input, target, weight, pos_weight, with_logits}, reduction, dtype);
-}
-
-std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                             const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                                             bool with_logits, c10::SymInt divisor, std::array<bool, 2> output_mask) {
-  const Arguments arguments{input, target, weight, pos_weight, with_logits};
-  check_arguments(arguments);
-  return differentiable_backward(grad_output, arguments, std::move(divisor), output_mask);
+  if (grad_output.layout() == at::kStrided) check_grad_output(grad_output, arguments);
+  return differentiable_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
 
 // The remaining operators are called below autograd; who calls them by hand gets derivatives of the loss, and of the
 // gradient beside it.
-Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                     const OptionalTensor& pos_weight, bool with_logits, bool reduce, c10::SymInt divisor,
-                     at::ScalarType dtype) {
-  const Arguments arguments{input, target, weight, pos_weight, with_logits};
+Tensor loss_autograd(const Arguments& arguments, bool reduce, c10::SymInt divisor, at::ScalarType dtype) {
   check_arguments(arguments);
+  check_loss_dtype(dtype);
   if (needs_graph(arguments) || needs_composite(arguments)) {
     if (!reduce) return composite_loss(arguments, at::Reduction::None, dtype);
     const Tensor sum = composite_loss(arguments, at::Reduction::Sum, dtype);
@@ -231,28 +215,32 @@ Tensor loss_autograd(const Tensor& input, const Tensor& target, const OptionalTe
   return bce_loss(arguments, reduce, std::move(divisor), dtype);
 }
 
-std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Tensor& input, const Tensor& target,
-                                                  const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                                                  bool with_logits, c10::SymInt divisor, at::ScalarType dtype) {
-  const Arguments arguments{input, target, weight, pos_weight, with_logits};
+std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Arguments& arguments, c10::SymInt divisor,
+                                                  at::ScalarType dtype) {
   check_arguments(arguments);
+  check_loss_dtype(dtype);
   if (needs_graph(arguments) || needs_composite(arguments)) {
-    Tensor loss = loss_autograd(input, target, weight, pos_weight, with_logits, /*reduce=*/true, divisor, dtype);
-    return {loss, std::get<0>(composite_backward(at::ones_like(loss), arguments, divisor, {true, false}))};
+    Tensor loss = loss_autograd(arguments, /*reduce=*/true, divisor, dtype);
+    return {loss, std::get<0>(composite_backward(arguments, at::ones_like(loss), divisor, {true, false}))};
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_loss_and_grad(arguments, std::move(divisor), dtype);
 }
 
+// A number of elements has no derivative.
+Tensor count_valid_autograd(const Tensor& target, double ignore_index) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return count_valid(target.detach(), ignore_index);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, Autograd, m) {
-  m.impl("binary_cross_entropy_with_logits", with_logits_autograd);
-  m.impl("binary_cross_entropy", probabilities_autograd);
-  m.impl("_bce", bce_autograd);
-  m.impl("_bce_loss", loss_autograd);
-  m.impl("_bce_loss_and_grad", loss_and_grad_autograd);
-  m.impl("_bce_backward", backward_autograd);
+  m.impl("_bce", Flat<bce_autograd>::call);
+  m.impl("_bce_loss", Flat<loss_autograd>::call);
+  m.impl("_bce_loss_and_grad", Flat<loss_and_grad_autograd>::call);
+  m.impl("_bce_backward", Flat<backward_autograd>::call);
+  m.impl("_count_valid", count_valid_autograd);
 }
 
 }  // namespace bce_ext

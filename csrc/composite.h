@@ -9,9 +9,9 @@ namespace bce_ext {
 
 Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype);
 
-// The gradients with respect to input and target of sum(grad_output * loss) / divisor. What output_mask does not ask
-// for is an empty tensor.
-std::tuple<Tensor, Tensor> composite_backward(const Tensor& grad_output, const Arguments& arguments,
+// The gradients with respect to input and target of sum(grad_output * loss) / (divisor * normalizer). What output_mask
+// does not ask for is an empty tensor.
+std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,
                                               const c10::SymInt& divisor, std::array<bool, 2> output_mask);
 
 }  // namespace bce_ext

@@ -1,8 +1,14 @@
 // The formulas of the losses and their gradients for one element: host and device. Terms that the caller does not use
 // cost nothing.
+//
+// A formula is a template over the scalar type, made from the parameters of a Problem. It offers first_stage(x) and
+// evaluate(x, y, w, p, scale, first_stage(x)), the loss and its gradients, these multiplied by `scale`. It has two
+// stages because a loop over each of them is faster on a CPU than one loop over both: it overlaps more elements. Where
+// w or p is known to be 1 it may be One.
 #pragma once
 
 #include "elementary.h"
+#include "problem.h"
 
 namespace bce_ext {
 
@@ -10,7 +16,8 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T linear;  // WithLogits: the loss without log1p(e), but NaN for an infinite logit that has no weight; else 0
+  T linear;  // WithLogits without weights: the loss without log1p(e), but NaN for an infinite logit of the right
+             // sign; else 0
   T grad_input;
   T grad_target;
 };
@@ -18,57 +25,110 @@ struct Terms {
 // Stands for an operand that is 1 everywhere and is known to be so at compile time.
 struct One {};
 
-// A formula offers evaluate(x, y, w, p), the loss and its gradients, where p may be One, and the same with the
-// gradients multiplied by `scale` and in two stages, evaluate(x, y, w, p, scale, first_stage(x)): on a CPU, a loop over
-// each stage is faster than one loop over both, since it overlaps more elements.
+template <typename Operand>
+constexpr bool kIsGiven = !std::is_same_v<Operand, One>;
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T times(One, T value) {
+  return value;
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T times(T weight, T value) {
+  return weight * value;
+}
+
+// Terms times the weight of the element, where 0 * infinity is 0: an element without weight has no say. `scale` is that
+// of the gradients.
+template <typename T, typename Weight>
+BCE_EXT_HOST_DEVICE Terms<T> weighted(Weight w, T scale, Terms<T> terms) {
+  if constexpr (kIsGiven<Weight>) {
+    terms.loss = math::weighted(w, terms.loss);
+    terms.grad_target = math::weighted(w, terms.grad_target);
+  }
+  terms.grad_input = times(w, scale) * terms.grad_input;
+  terms.grad_target = scale * terms.grad_target;
+  return terms;
+}
+
+// What is done to a target as memory holds it: smoothing, and ignored elements.
+template <typename Scalar>
+struct TargetRule {
+  BCE_EXT_HOST_DEVICE explicit TargetRule(const Problem& problem)
+      : slope(static_cast<Scalar>(1.0 - problem.label_smoothing)),
+        offset(static_cast<Scalar>(0.5 * problem.label_smoothing)),
+        // No target equals a NaN.
+        ignore_index(problem.ignores ? static_cast<Scalar>(problem.ignore_index)
+                                     : std::numeric_limits<Scalar>::quiet_NaN()) {}
+
+  Scalar slope, offset, ignore_index;
+};
+
+// The terms of an element with target `y`, by `rule`: none where it is ignored.
+template <typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
+BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
+                                              Weight w, PosWeight p, T scale, T first) {
+  const Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
+  const math::Condition<T> ignored = y == T(rule.ignore_index);
+  return {math::select(ignored, T(0), terms.loss), math::select(ignored, T(0), terms.linear),
+          math::select(ignored, T(0), terms.grad_input), math::select(ignored, T(0), terms.grad_target * rule.slope)};
+}
+
+// What the formulas of a logit share. With e = exp(-|x|), `against` the weight of the class that the logit speaks
+// against, 1-y for a positive one and p*y for a negative one, and `total` the sum of the weights of both classes:
+//   loss       = against * |x| + total * log1p(e)           = (1-y) * softplus(x) + p*y * softplus(-x)
+//   dloss/dx   = sign(x) * [against - total * e / (1+e)]    = (1-y) * sigmoid(x)  - p*y * sigmoid(-x)
+//   dloss/dy   = p * softplus(-x) - softplus(x)
+// in which nothing cancels for a hard label: against is 0 or total.
+template <typename T>
+struct CrossEntropy {
+  T loss, grad_input, grad_target;
+  T linear;     // against * |x|
+  T magnitude;  // |x|
+  T smaller;    // sigmoid(-|x|)
+
+  template <typename PosWeight>
+  BCE_EXT_HOST_DEVICE CrossEntropy(T x, T y, PosWeight p, T e)
+      : magnitude(math::magnitude(x)), smaller(math::divide(e, T(1) + e)) {
+    const math::Condition<T> below = math::is_negative(x);
+    const T log_term = math::log1p_of_unit(e);
+    const T negative = T(1) - y;
+    const T positive = times(p, y);
+    const T against = math::select(below, positive, negative);
+    linear = against * magnitude;
+    // Of the right sign, an infinite logit has no loss; a NaN comes in with log_term.
+    const T bounded = math::select(against == T(0), T(0), linear);
+    if constexpr (kIsGiven<PosWeight>) {
+      const T total = negative + positive;
+      loss = bounded + total * log_term;
+      grad_input = math::with_sign_of(against - total * smaller, x);
+      grad_target = math::select(below, math::weighted(p, magnitude), -magnitude) + (p - T(1)) * log_term;
+    } else {
+      loss = bounded + log_term;
+      grad_input = math::with_sign_of(against - smaller, x);
+      grad_target = -x;
+    }
+  }
+};
 
 // Binary cross entropy of a logit x against a target y, with weight w and pos_weight p:
-//   loss       = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
-//   dloss/dx   = w * [(1-y) * sigmoid(x)  - p*y * sigmoid(-x)]
-//   dloss/dy   = w * [p * softplus(-x) - softplus(x)]
-// With `against` the weight of the class that the logit speaks against, w*(1-y) for a positive one and w*p*y for a
-// negative one, `total` the sum of the two and e = exp(-|x|), that is
-//   loss       = against * |x| + total * log1p(e)
-//   dloss/dx   = sign(x) * [against - total * e / (1+e)]
-// in which nothing cancels for a hard label: against is 0 or total.
+//   loss = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
+template <typename Scalar>
 struct WithLogits {
+  static constexpr bool kJoinsLogarithms = true;  // losses without weights are linear + log1p(first_stage)
+  static constexpr bool kTakesProbabilities = false;
+
+  BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
+
   template <typename T>
-  static BCE_EXT_HOST_DEVICE T first_stage(T x) {
+  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
     return math::exp_of_negative(math::magnitude(x));
   }
 
-  template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p, T scale, T e) {
-    constexpr bool kHasPosWeight = !std::is_same_v<PosWeight, One>;
-    const T a = math::magnitude(x);
-    const math::Condition<T> below = math::is_negative(x);
-    const T negative = w * (T(1) - y);
-    T positive, total;  // positive and negative: the weights of the two classes; total: their sum
-    if constexpr (kHasPosWeight) {
-      positive = w * p * y;
-      total = negative + positive;
-    } else {
-      positive = w * y;
-      total = w;
-    }
-    const T against = math::select(below, positive, negative);
-    const T log_term = math::log1p_of_unit(e);
-
-    Terms<T> terms;
-    terms.grad_input = scale * math::with_sign_of(against - total * math::divide(e, T(1) + e), x);
-    terms.linear = against * a;
-    terms.loss = math::select(against == T(0), T(0), terms.linear) + log_term * total;  // a NaN comes in with log_term
-    if constexpr (kHasPosWeight) {
-      terms.grad_target = scale * (math::weighted(math::select(below, w * p, -w), a) + w * (p - T(1)) * log_term);
-    } else {
-      terms.grad_target = scale * -math::weighted(w, x);
-    }
-    return terms;
-  }
-
-  template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, T w, PosWeight p) {
-    return evaluate(x, y, w, p, T(1), first_stage(x));
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const CrossEntropy<T> entropy(x, y, p, e);
+    return weighted(w, scale, Terms<T>{entropy.loss, entropy.linear, entropy.grad_input, entropy.grad_target});
   }
 };
 
@@ -78,14 +138,20 @@ struct WithLogits {
 //   loss       = -w * [y * max(log(q), -100) + (1-y) * max(log(1-q), -100)]
 //   dloss/dq   = w * (q - y) / max(q * (1-q), 1e-12)
 //   dloss/dy   = w * [log(1-q) - log(q)]
+template <typename Scalar>
 struct Probabilities {
+  static constexpr bool kJoinsLogarithms = false;
+  static constexpr bool kTakesProbabilities = true;
+
+  BCE_EXT_HOST_DEVICE explicit Probabilities(const double*) {}
+
   template <typename T>
-  static BCE_EXT_HOST_DEVICE T first_stage(T q) {
+  BCE_EXT_HOST_DEVICE T first_stage(T q) const {
     return math::log_of_unit(q);
   }
 
-  template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, T w, PosWeight, T scale, T log_q) {
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, Weight w, PosWeight, T scale, T log_q) const {
     const T log_rest = math::log1p_of_negative(q);
     const T bounded_log_q = math::select(log_q < T(-100), T(-100), log_q);
     const T bounded_log_rest = math::select(log_rest < T(-100), T(-100), log_rest);
@@ -93,15 +159,10 @@ struct Probabilities {
 
     Terms<T> terms;
     terms.linear = T(0);
-    terms.loss = -w * (y * bounded_log_q + (T(1) - y) * bounded_log_rest);
-    terms.grad_input = scale * (w * (q - y) / math::select(variance < T(1e-12), T(1e-12), variance));
-    terms.grad_target = scale * math::weighted(w, log_rest - log_q);
-    return terms;
-  }
-
-  template <typename T, typename PosWeight>
-  static BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, T w, PosWeight p) {
-    return evaluate(q, y, w, p, T(1), first_stage(q));
+    terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
+    terms.grad_input = (q - y) / math::select(variance < T(1e-12), T(1e-12), variance);
+    terms.grad_target = log_rest - log_q;
+    return weighted(w, scale, terms);
   }
 };
 

@@ -13,37 +13,45 @@ Tensor empty_output(const Tensor& like, at::ScalarType dtype) {
   return at::empty_like(like, like.options().dtype(dtype));
 }
 
-Tensor loss_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                 const OptionalTensor& pos_weight, bool with_logits, bool reduce, c10::SymInt /*divisor*/,
-                 at::ScalarType dtype) {
-  check_arguments({input, target, weight, pos_weight, with_logits});
+Tensor loss_meta(const Arguments& arguments, bool reduce, c10::SymInt /*divisor*/, at::ScalarType dtype) {
+  check_arguments(arguments);
+  check_loss_dtype(dtype);
+  const Tensor& input = arguments.input;
   return reduce ? at::empty({}, input.options().dtype(dtype)) : empty_output(input, dtype);
 }
 
-std::tuple<Tensor, Tensor> loss_and_grad_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                              const OptionalTensor& pos_weight, bool with_logits,
-                                              c10::SymInt /*divisor*/, at::ScalarType dtype) {
-  check_arguments({input, target, weight, pos_weight, with_logits});
+std::tuple<Tensor, Tensor> loss_and_grad_meta(const Arguments& arguments, c10::SymInt /*divisor*/,
+                                              at::ScalarType dtype) {
+  check_arguments(arguments);
+  check_loss_dtype(dtype);
+  const Tensor& input = arguments.input;
   return {at::empty({}, input.options().dtype(dtype)), empty_output(input, input.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor> backward_meta(const Tensor& /*grad_output*/, const Tensor& input, const Tensor& target,
-                                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                                         bool with_logits, c10::SymInt /*divisor*/, std::array<bool, 2> output_mask) {
-  check_arguments({input, target, weight, pos_weight, with_logits});
+std::tuple<Tensor, Tensor> backward_meta(const Arguments& arguments, const Tensor& grad_output, c10::SymInt /*divisor*/,
+                                         std::array<bool, 2> output_mask) {
+  check_arguments(arguments);
+  check_grad_output(grad_output, arguments);
+  const Tensor& input = arguments.input;
+  const Tensor& target = arguments.target;
   return {output_mask[0] ? empty_output(input, input.scalar_type()) : at::empty({0}, input.options()),
           output_mask[1] ? empty_output(input, target.scalar_type()) : at::empty({0}, target.options())};
 }
 
 void scale_grad_meta(Tensor& /*grad*/, const Tensor& /*grad_output*/) {}
 
+Tensor count_valid_meta(const Tensor& target, double /*ignore_index*/) {
+  return at::empty({}, target.options().dtype(at::kDouble));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, Meta, m) {
-  m.impl("_bce_loss", loss_meta);
-  m.impl("_bce_loss_and_grad", loss_and_grad_meta);
-  m.impl("_bce_backward", backward_meta);
+  m.impl("_bce_loss", Flat<loss_meta>::call);
+  m.impl("_bce_loss_and_grad", Flat<loss_and_grad_meta>::call);
+  m.impl("_bce_backward", Flat<backward_meta>::call);
   m.impl("_scale_grad_", scale_grad_meta);
+  m.impl("_count_valid", count_valid_meta);
 }
 
 }  // namespace bce_ext

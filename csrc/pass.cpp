@@ -48,6 +48,20 @@ struct Dimension {
   c10::SmallVector<int64_t, 5> strides;  // of every bound tensor
 };
 
+// A number as a target of this dtype holds it: 0.1 is another one in float32.
+double as_label(double number, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return static_cast<float>(number);
+    case at::kHalf:
+      return static_cast<c10::Half>(static_cast<float>(number));
+    case at::kBFloat16:
+      return static_cast<c10::BFloat16>(static_cast<float>(number));
+    default:
+      return number;
+  }
+}
+
 bool continues(const Dimension& outer, const Dimension& inner) {
   for (size_t i = 0; i < outer.strides.size(); ++i) {
     if (outer.strides[i] != inner.strides[i] * inner.size) return false;
@@ -57,11 +71,28 @@ bool continues(const Dimension& outer, const Dimension& inner) {
 
 }  // namespace
 
-Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type()).value()}; }
+Operand flat_operand(const Tensor& tensor) {
+  Operand operand;
+  operand.data = tensor.const_data_ptr();
+  operand.dtype = *dtype_of(tensor.scalar_type());
+  operand.layout = Layout::Flat;
+  return operand;
+}
 
-Pass::Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_output) : input_(arguments.input) {
-  check_arguments(arguments);  // anybody can call an internal operator, and none may read out of bounds
-  problem.formula = arguments.with_logits ? Formula::WithLogits : Formula::Probabilities;
+Output output_of(const Tensor& tensor) {
+  TORCH_INTERNAL_ASSERT(is_arithmetic(tensor.scalar_type()));
+  return {tensor.mutable_data_ptr(), *dtype_of(tensor.scalar_type())};
+}
+
+Pass::Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor* grad_output)
+    : input_(arguments.input) {
+  // Anybody can call an internal operator, and none may read or write out of bounds.
+  check_arguments(arguments);
+  check_loss_dtype(dtype);
+  if (grad_output != nullptr) check_grad_output(*grad_output, arguments);
+
+  set_options(arguments);
+  problem.divisor = static_cast<double>(divisor);
   problem.numel = input_.numel();
   problem.compute_in_double =
       dtype == at::kDouble || input_.scalar_type() == at::kDouble || arguments.target.scalar_type() == at::kDouble;
@@ -78,6 +109,7 @@ Pass::Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_
   if (is_defined(arguments.weight)) bind(problem.weight, *arguments.weight);
   if (is_defined(arguments.pos_weight)) bind(problem.pos_weight, *arguments.pos_weight);
   if (grad_output != nullptr) bind(problem.grad_output, *grad_output);
+  bind_normalizer(arguments.normalizer);
 
   bool all_flat = true;
   for (const auto& binding : bindings_) all_flat &= bind_flat(binding);
@@ -89,13 +121,36 @@ Pass::Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_
   }
 }
 
+void Pass::set_options(const Arguments& arguments) {
+  problem.formula = arguments.kind();
+  const auto& options = arguments.options;
+  for (size_t i = Arguments::kParameters; i < options.size(); ++i) {
+    problem.parameters[i - Arguments::kParameters] = options[i];
+  }
+  const at::ScalarType target_dtype = arguments.target.scalar_type();
+  problem.label_smoothing = arguments.label_smoothing();
+  problem.hard_labels = is_hard_label(target_dtype) && target_dtype != at::kBool;  // a bool is nothing else
+  const auto ignore_index = arguments.ignore_index();
+  problem.ignores = ignore_index.has_value();
+  if (problem.ignores) problem.ignore_index = as_label(*ignore_index, target_dtype);
+}
+
+void Pass::bind_normalizer(const OptionalTensor& normalizer) {
+  if (!is_defined(normalizer)) return;
+  if (normalizer->is_cpu()) {
+    problem.divisor *= normalizer->item().toDouble();
+    return;
+  }
+  normalizer_ = dtype_of(normalizer->scalar_type()) ? *normalizer : normalizer->to(at::kFloat);
+  problem.normalizer = flat_operand(normalizer_);
+}
+
 void Pass::bind(Operand& operand, const Tensor& tensor) {
   Tensor bound = tensor;
   // A 0-d CPU tensor beside CUDA logits: filled in on the device, since a copy would make the host wait.
   if (tensor.device() != input_.device()) bound = at::full({}, tensor.item(), tensor.options().device(input_.device()));
   if (!dtype_of(bound.scalar_type())) bound = bound.to(at::kFloat);
-  operand.dtype = *dtype_of(bound.scalar_type());
-  operand.data = bound.const_data_ptr();
+  operand = flat_operand(bound);
   bindings_.push_back({&operand, std::move(bound)});
 }
 

@@ -11,8 +11,8 @@ namespace bce_ext {
 // One pass over the elements. Holds the tensors that the pointers of `problem` look into.
 class Pass {
  public:
-  // `grad_output`: null in the forward direction. `dtype`: of the loss.
-  Pass(const Arguments& arguments, at::ScalarType dtype, const Tensor* grad_output = nullptr);
+  // `dtype`: of the loss, or of grad_output, which is null in the forward direction.
+  Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor* grad_output = nullptr);
 
   // The sizes and strides of the outputs: dense, in the memory order of the input, so that channels_last stays
   // channels_last.
@@ -27,7 +27,9 @@ class Pass {
     Tensor tensor;
   };
 
+  void set_options(const Arguments& arguments);
   void bind(Operand& operand, const Tensor& tensor);
+  void bind_normalizer(const OptionalTensor& normalizer);
   bool bind_flat(const Binding& binding) const;
   void plan_strided();
   void make_flat(Binding& binding) const;
@@ -35,8 +37,12 @@ class Pass {
   const Tensor& input_;
   c10::SmallVector<int64_t, 6> strides_;
   c10::SmallVector<Binding, 5> bindings_;
+  Tensor normalizer_;
 };
 
+// What a kernel writes to: a tensor of one of the four floating types.
 Output output_of(const Tensor& tensor);
+// What a kernel reads as it lies in memory, element by element.
+Operand flat_operand(const Tensor& tensor);
 
 }  // namespace bce_ext

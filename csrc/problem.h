@@ -50,7 +50,12 @@ struct Output {
   Dtype dtype = Dtype::Float;
 };
 
+// What is computed of each element: see formulas.h. Its numbers are those of the internal operators.
 enum class Formula : int8_t { WithLogits, Probabilities };
+constexpr int kFormulas = 2;
+
+// The most parameters that a formula has.
+constexpr int kMaxParameters = 5;
 
 // One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input,
 // grad_target) the terms of formulas.h for the weight w * g:
@@ -58,13 +63,26 @@ enum class Formula : int8_t { WithLogits, Probabilities };
 //   sum                += loss                       (when `reduce`; in an order that depends on numel alone)
 //   output grad_input   = scale * grad_input
 //   output grad_target  = scale * grad_target
+// The target y is first what memory holds. Where that equals `ignore_index`, all three terms are 0 whatever the other
+// operands are; elsewhere y becomes y * (1 - label_smoothing) + label_smoothing / 2.
 // The walk visits the elements in the order in which the outputs lie in memory.
 struct Problem {
   Formula formula = Formula::WithLogits;
+  double parameters[kMaxParameters] = {};
+  double label_smoothing = 0.0;
+  double ignore_index = 0.0;
+  bool ignores = false;      // whether there is an ignore_index
+  bool hard_labels = false;  // every target must be 0, 1 or ignored: the rule for bool and integer ones
+
   bool compute_in_double = false;  // float64 arithmetic; float32 otherwise
   bool reduce = false;
   bool past_caches = false;  // a CPU should write the gradient past its caches, where it can
-  double scale = 1.0;
+
+  // Gradients and the reduced loss are divided by divisor * normalizer, where the latter is one value in the memory of
+  // the device, or Absent. The CPU kernel leaves the division of the loss to its caller, and takes the normalizer as a
+  // part of the divisor.
+  double divisor = 1.0;
+  Operand normalizer;
 
   int64_t numel = 0;
   int ndim = 0;                  // of the collapsed walk; 0 or 1 when every operand is Flat, Scalar or Absent
@@ -72,6 +90,8 @@ struct Problem {
 
   Operand input, target, weight, pos_weight, grad_output;
   Output loss, grad_input, grad_target;
+
+  bool adjusts_target() const { return ignores || label_smoothing != 0.0; }
 };
 
 }  // namespace bce_ext

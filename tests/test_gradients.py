@@ -35,9 +35,10 @@ def problem(
     shapes: dict[str, tuple[int, ...]], device: str, with_logits: bool = True
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     input = (make_logits if with_logits else make_probabilities)(SHAPE, torch.float64, device)
-    # Away from the ends of the range of probabilities, where the clamps have kinks.
+    # Away from the ends of the range of probabilities, where the clamps have kinks and finite differences end outside.
     input = input if with_logits else 0.05 + 0.9 * input
     target = make_targets(SHAPE, torch.float64, device)
+    target = target if with_logits else 0.05 + 0.9 * target
     weights = {name: make_weights(shape, torch.float64, device) for name, shape in shapes.items()}
     return input.requires_grad_(), target.requires_grad_(), weights
 

@@ -34,6 +34,13 @@ def tensors(
     return input, target, weight, pos_weight
 
 
+def arguments(case: str, device: str, with_logits: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """What the internal operators take first: the tensors, normalizer, formula, options."""
+    normalizer = torch.tensor(7.0, device=device) if case == "normalizer" else None
+    options = [0.1, 0.0] if case == "options" else []
+    return *tensors(case, device, with_logits, dtype), normalizer, 0 if with_logits else 1, options
+
+
 CASES = ["no_grad", "grad", "target_requires_grad", "bool_target", "weights", "weights_require_grad", "transposed"]
 
 
@@ -45,12 +52,15 @@ def test_every_operator_is_checked_here() -> None:
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("bce_ext::")}
     assert names == {
         "binary_cross_entropy_with_logits",
+        "binary_cross_entropy_with_logits.options",
         "binary_cross_entropy",
+        "binary_cross_entropy.options",
         "_bce",
         "_bce_loss",
         "_bce_loss_and_grad",
         "_bce_backward",
         "_scale_grad_",
+        "_count_valid",
     }
 
 
@@ -80,21 +90,19 @@ def test_other_dtypes(reduction: int, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("case", ["no_grad", "grad", "weights"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "options"])
 def test_bce(case: str, reduction: int, with_logits: bool, device: str) -> None:
     # With another dtype than that of the input, as autocast calls it.
-    arguments = tensors(case, device, with_logits, torch.bfloat16)
-    opcheck(OPS._bce.default, *arguments, with_logits, reduction, torch.float32)
+    opcheck(OPS._bce.default, *arguments(case, device, with_logits, torch.bfloat16), reduction, torch.float32)
 
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("reduce", [False, True], ids=["none", "sum"])
-@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed", "options"])
 def test_bce_loss(case: str, reduce: bool, with_logits: bool, device: str) -> None:
     opcheck(
         OPS._bce_loss.default,
-        *tensors(case, device, with_logits),
-        with_logits,
+        *arguments(case, device, with_logits),
         reduce,
         7 if reduce else 1,
         torch.float32,
@@ -102,20 +110,20 @@ def test_bce_loss(case: str, reduce: bool, with_logits: bool, device: str) -> No
 
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
-@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "transposed", "options", "normalizer"])
 def test_bce_loss_and_grad(case: str, with_logits: bool, device: str) -> None:
-    opcheck(OPS._bce_loss_and_grad.default, *tensors(case, device, with_logits), with_logits, 7, torch.float32)
+    opcheck(OPS._bce_loss_and_grad.default, *arguments(case, device, with_logits), 7, torch.float32)
 
 
 @pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
 @pytest.mark.parametrize("output_mask", [[True, True], [True, False], [False, True]], ids=str)
 @pytest.mark.parametrize("grad_output_shape", [(), (3, 5)], ids=["reduced", "elementwise"])
-@pytest.mark.parametrize("case", ["no_grad", "grad"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "options", "normalizer"])
 def test_bce_backward(
     case: str, grad_output_shape: tuple[int, ...], output_mask: list[bool], with_logits: bool, device: str
 ) -> None:
     grad_output = make_weights(grad_output_shape, torch.float32, device).requires_grad_(case != "no_grad")
-    opcheck(OPS._bce_backward.default, grad_output, *tensors(case, device, with_logits), with_logits, 7, output_mask)
+    opcheck(OPS._bce_backward.default, *arguments(case, device, with_logits), grad_output, 7, output_mask)
 
 
 @pytest.mark.parametrize("grad_output", [1.0, 0.37])
@@ -125,3 +133,22 @@ def test_scale_grad(grad_output: float, device: str) -> None:
     opcheck(OPS._scale_grad_.default, gradient.clone(), torch.tensor(grad_output, device=device))
     OPS._scale_grad_(gradient, torch.tensor(grad_output, device=device))
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_count_valid(dtype: torch.dtype, device: str) -> None:
+    target = make_targets((3, 5), dtype, device)
+    opcheck(OPS._count_valid.default, target, 1.0)
+    assert OPS._count_valid(target, 1.0) == (target != 1).sum()
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+def test_options(name: str, reduction: int, device: str) -> None:
+    input, target, _, _ = tensors("grad", device, with_logits=name.endswith("logits"))
+    op = getattr(OPS, name).options
+    opcheck(op, input, target, reduction=reduction, label_smoothing=0.1, ignore_index=0)
+    if reduction == 1:
+        normalizer = torch.tensor(3.0, device=device)
+        opcheck(op, input, target, reduction=reduction, normalizer=normalizer)
+        opcheck(op, input, target, reduction=reduction, normalizer=normalizer.requires_grad_())

@@ -213,7 +213,7 @@ def test_shards_add_up(case: Case, data: st.DataObject, device: str) -> None:
 
     def run(tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         tensors = [None if each is None else each.to(device) for each in tensors]
-        loss, gradient = ops._bce_loss_and_grad(*tensors, None, True, numel, dtype)
+        loss, gradient = ops._bce_loss_and_grad(*tensors, None, None, 0, [], numel, dtype)
         return loss, gradient
 
     whole_loss, whole_gradient = run(operands)

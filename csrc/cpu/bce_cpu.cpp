@@ -7,10 +7,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
+#include <mutex>
 #include <vector>
 
-#include "../pass.h"
+#include "../pass_operators.h"
 #include "block_kernel.h"
+#include "element_types.h"
 #include "output_memory.h"
 
 namespace bce_ext {
@@ -26,12 +29,6 @@ Isa isa() {
   }();
   return chosen;
 }
-
-Tensor empty_output(const Pass& pass, at::ScalarType dtype) {
-  return bce_ext::empty_output(pass.sizes(), pass.strides(), dtype);
-}
-
-Tensor no_output(at::ScalarType dtype) { return bce_ext::empty_output({0}, {1}, dtype); }
 
 // Calls `work` with each of 0 .. count - 1, from all threads. A thread begins with a share of its own, the same each
 // time as long as the count is, so that it finds in its cache what it wrote there. Where shares are large it then helps
@@ -59,74 +56,86 @@ void run_in_shares(int64_t count, const Work& work) {
   });
 }
 
+int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// The element that a kernel refused first, in the order of the walk, whatever thread met it.
+class FirstInvalid {
+ public:
+  void add(int64_t chunk, const InvalidElement& element) {
+    const std::lock_guard lock(mutex_);
+    if (chunk >= chunk_) return;
+    chunk_ = chunk;
+    element_ = element;
+  }
+
+  void raise(const Problem& problem) const {
+    if (chunk_ == std::numeric_limits<int64_t>::max()) return;
+    if (problem.formula == Formula::Probabilities) {
+      TORCH_CHECK(false, "binary_cross_entropy: all elements of ", element_.is_target ? "target" : "input",
+                  " should be between 0 and 1, but one is ", element_.value);
+    }
+    if (problem.ignores) {
+      TORCH_CHECK(false, "expected bool and integer targets to be 0, 1 or ignore_index (", problem.ignore_index,
+                  "), but one is ", element_.value);
+    }
+    TORCH_CHECK(false, "expected bool and integer targets to be 0 or 1, but one is ", element_.value,
+                "; floating targets may have any value");
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t chunk_ = std::numeric_limits<int64_t>::max();
+  InvalidElement element_;
+};
+
 // Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
 // added in order, so the result does not depend on the number of threads.
-double run(const Problem& problem) {
-  const int64_t chunks = (problem.numel + kChunk - 1) / kChunk;
+double run_chunks(const Problem& problem) {
+  const int64_t chunks = num_chunks(problem.numel);
   const ChunkKernel kernel = chunk_kernel(problem, isa());
   c10::SmallVector<double, 64> sums(chunks);
-  std::atomic<bool> in_range{true};
+  FirstInvalid invalid;
   run_in_shares(chunks, [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk;
     const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
     sums[chunk] = result.sum;
-    if (!result.input_in_range) in_range = false;
+    if (result.invalid) invalid.add(chunk, *result.invalid);
   });
-  TORCH_CHECK(in_range, "binary_cross_entropy: all elements of input should be between 0 and 1");
+  invalid.raise(problem);
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
 }
 
-Tensor scalar_loss(double sum, int64_t divisor, at::ScalarType dtype) {
-  Tensor loss = bce_ext::empty_output({}, {}, dtype);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "scalar_loss", [&] {
-    *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(sum / static_cast<double>(divisor));
-  });
-  return loss;
+Tensor number(double value, at::ScalarType dtype) {
+  Tensor result = empty_output({}, {}, dtype);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "number",
+                                  [&] { *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value); });
+  return result;
 }
 
-Tensor loss_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pos_weight, bool with_logits, bool reduce, int64_t divisor,
-                at::ScalarType dtype) {
-  Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
-  pass.problem.reduce = reduce;
-  if (reduce) return scalar_loss(run(pass.problem), divisor, dtype);
-  Tensor loss = empty_output(pass, dtype);
-  pass.problem.loss = output_of(loss);
-  run(pass.problem);
-  return loss;
-}
+struct Cpu {
+  struct Guard {
+    explicit Guard(const at::Device&) {}
+  };
 
-std::tuple<Tensor, Tensor> loss_and_grad_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                             const OptionalTensor& pos_weight, bool with_logits, int64_t divisor,
-                                             at::ScalarType dtype) {
-  Pass pass({input, target, weight, pos_weight, with_logits}, dtype);
-  Tensor grad_input = empty_output(pass, input.scalar_type());
-  pass.problem.reduce = true;
-  pass.problem.scale = 1.0 / static_cast<double>(divisor);
-  pass.problem.grad_input = output_of(grad_input);
-  // So large a gradient is not in a cache any more when backward hands it on; and memory that is written past the
-  // caches is not read first.
-  constexpr size_t kLargestCached = 32 << 20;
-  pass.problem.past_caches = grad_input.nbytes() > kLargestCached;
-  return {scalar_loss(run(pass.problem), divisor, dtype), std::move(grad_input)};
-}
+  static Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype, const Tensor& /*like*/) {
+    return empty_output(sizes, strides, dtype);
+  }
 
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                        const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                                        bool with_logits, int64_t divisor, std::array<bool, 2> output_mask) {
-  Pass pass({input, target, weight, pos_weight, with_logits}, grad_output.scalar_type(), &grad_output);
-  pass.problem.scale = 1.0 / static_cast<double>(divisor);
-  Tensor grad_input = output_mask[0] ? empty_output(pass, input.scalar_type()) : no_output(input.scalar_type());
-  Tensor grad_target = output_mask[1] ? empty_output(pass, target.scalar_type()) : no_output(target.scalar_type());
-  if (output_mask[0]) pass.problem.grad_input = output_of(grad_input);
-  if (output_mask[1]) pass.problem.grad_target = output_of(grad_target);
-  run(pass.problem);
-  return {std::move(grad_input), std::move(grad_target)};
-}
+  static void run(Problem& problem) { run_chunks(problem); }
+
+  static Tensor run_and_sum(Problem& problem, at::ScalarType dtype, const Tensor& /*like*/) {
+    // So large a gradient is not in a cache any more when backward hands it on; and memory that is written past the
+    // caches is not read first.
+    constexpr int64_t kLargestCached = 32 << 20;
+    problem.past_caches = problem.numel * size_of(problem.grad_input.dtype) > kLargestCached;
+    return number(run_chunks(problem) / problem.divisor, dtype);
+  }
+};
 
 void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
+  check_scale_grad(grad, grad_output);
   const bool is_one =
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
                                       [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
@@ -136,9 +145,7 @@ void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, CPU, m) {
-  m.impl("_bce_loss", loss_cpu);
-  m.impl("_bce_loss_and_grad", loss_and_grad_cpu);
-  m.impl("_bce_backward", backward_cpu);
+  register_pass_operators<Cpu>(m);
   m.impl("_scale_grad_", scale_grad_cpu);
 }
 

@@ -30,12 +30,12 @@ BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
   for (int64_t i = 0; i < kLanes<T>; i += kCacheLine) stream.prefetch(begin + i);
 }
 
-template <bool kIsGiven, typename T>
-BCE_EXT_HOST_DEVICE auto load_or_one(const T* in) {
-  if constexpr (kIsGiven) {
-    return Numbers<T>::load(in);
+template <bool kGiven, typename T>
+BCE_EXT_HOST_DEVICE auto load_or_one(const T* in, int64_t i) {
+  if constexpr (kGiven) {
+    return Numbers<T>::load(in + i);
   } else {
-    (void)in;
+    (void)in, (void)i;
     return One{};
   }
 }
@@ -48,22 +48,51 @@ BCE_EXT_TARGET void add_to_lanes(Numbers<T> values, double* __restrict lanes) {
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] += static_cast<double>(in_memory[lane]);
 }
 
-// `first` receives what the first stage computes, `lanes` the sums for kLinearSum.
+// What is the same for all blocks of a problem.
 template <typename T>
-using Compute = void (*)(int64_t n, const T* x, const T* y, const T* w, const T* p, T scale, const Ahead& ahead,
-                         T* first, T* loss, T* grad_input, T* grad_target, double* lanes);
+struct Constants {
+  BCE_EXT_TARGET explicit Constants(const Problem& problem)
+      : parameters(problem.parameters), scale(static_cast<T>(1.0 / problem.divisor)), rule(problem) {}
 
-template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight>
-BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restrict y, const T* __restrict w,
-                            const T* __restrict p, T scale, const Ahead& ahead, T* __restrict first, T* __restrict loss,
-                            T* __restrict grad_input, T* __restrict grad_target, double* __restrict lanes) {
-  const Ahead next = ahead;
+  const double* parameters;
+  T scale;
+  TargetRule<T> rule;
+};
+
+// The operands and results of one block. `first` receives what the first stage computes, `lanes` the sums for
+// kLinearSum.
+template <typename T>
+struct Block {
+  const T *x, *y, *w, *p;
+  T* first;
+  T *loss, *grad_input, *grad_target;
+  double* lanes;
+  Ahead ahead;
+};
+
+template <typename T>
+using Compute = void (*)(int64_t n, const Constants<T>& constants, const Block<T>& block);
+
+// kAdjusts: targets are smoothed, or ignored.
+template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight, bool kAdjusts>
+BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Block<T>& block) {
+  const Formula formula(constants.parameters);
+  const Ahead next = block.ahead;
+  const T* __restrict const x = block.x;
+  const T* __restrict const y = block.y;
+  T* __restrict const first = block.first;
+  const Numbers<T> ignored = constants.rule.ignore_index;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     prefetch<T>(next.x, i);
     prefetch<T>(next.y, i);
-    Formula::first_stage(Numbers<T>::load(x + i)).store(first + i);
+    Numbers<T> stage = formula.first_stage(Numbers<T>::load(x + i));
+    // log1p(0) adds nothing where the logarithms are joined.
+    if constexpr (kAdjusts && (kWanted & kLinearSum) != 0) {
+      stage = math::select(Numbers<T>::load(y + i) == ignored, Numbers<T>(T(0)), stage);
+    }
+    stage.store(first + i);
   }
-  const Numbers<T> scales = scale;
+  const Numbers<T> scale = constants.scale;
   // Four linear parts are added in T, which costs at most three roundings of T and saves conversions to float64.
   constexpr int64_t kGroup = (kWanted & kLinearSum) != 0 ? 4 * kLanes<T> : kBlock<T>;
   for (int64_t i = 0; i < n;) {
@@ -71,69 +100,33 @@ BCE_EXT_TARGET void compute(int64_t n, const T* __restrict x, const T* __restric
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
       if constexpr (kHasWeight) prefetch<T>(next.w, i);
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
-      Numbers<T> weight = T(1);
-      if constexpr (kHasWeight) weight = Numbers<T>::load(w + i);
-      const Terms<Numbers<T> > terms =
-          Formula::evaluate(Numbers<T>::load(x + i), Numbers<T>::load(y + i), weight, load_or_one<kHasPosWeight>(p + i),
-                            scales, Numbers<T>::load(first + i));
-      if constexpr ((kWanted & kLoss) != 0) terms.loss.store(loss + i);
+      const auto weight = load_or_one<kHasWeight>(block.w, i);
+      const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
+      const Numbers<T> input = Numbers<T>::load(x + i), target = Numbers<T>::load(y + i);
+      const Numbers<T> stage = Numbers<T>::load(first + i);
+      Terms<Numbers<T>> terms;
+      if constexpr (kAdjusts) {
+        terms = evaluate_by_rule(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
+      } else {
+        terms = formula.evaluate(input, target, weight, pos_weight, scale, stage);
+      }
+      if constexpr ((kWanted & kLoss) != 0) terms.loss.store(block.loss + i);
       if constexpr ((kWanted & kLinearSum) != 0) linear = linear + terms.linear;
       if constexpr ((kWanted & kPastCaches) != 0) {
-        terms.grad_input.store_past_caches(grad_input + i);
+        terms.grad_input.store_past_caches(block.grad_input + i);
       } else if constexpr ((kWanted & kGradInput) != 0) {
-        terms.grad_input.store(grad_input + i);
+        terms.grad_input.store(block.grad_input + i);
       }
-      if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(grad_target + i);
+      if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }
-    if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, lanes);
+    if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, block.lanes);
   }
-}
-
-template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight>
-BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
-  switch (wanted) {
-    case kLoss:
-      return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight>;
-    case kGradInput:
-      return compute<T, Formula, kGradInput, kHasWeight, kHasPosWeight>;
-    case kGradTarget:
-      return compute<T, Formula, kGradTarget, kHasWeight, kHasPosWeight>;
-    case kLoss | kGradInput:
-      return compute<T, Formula, kLoss | kGradInput, kHasWeight, kHasPosWeight>;
-    case kGradInput | kGradTarget:
-      return compute<T, Formula, kGradInput | kGradTarget, kHasWeight, kHasPosWeight>;
-    default:
-      return compute<T, Formula, kLoss | kGradInput | kGradTarget, kHasWeight, kHasPosWeight>;
-  }
-}
-
-template <typename T, typename Formula>
-BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight) {
-  if constexpr (std::is_same_v<Formula, WithLogits>) {
-    if (wanted == kLinearSum) return compute<T, Formula, kLinearSum, false, false>;
-    if (wanted == (kLinearSum | kGradInput)) return compute<T, Formula, kLinearSum | kGradInput, false, false>;
-    if (wanted == (kLinearSum | kGradInput | kPastCaches)) {
-      return compute<T, Formula, kLinearSum | kGradInput | kPastCaches, false, false>;
-    }
-    if (has_pos_weight) {
-      return has_weight ? select_wanted<T, Formula, true, true>(wanted)
-                        : select_wanted<T, Formula, false, true>(wanted);
-    }
-  }
-  return has_weight ? select_wanted<T, Formula, true, false>(wanted) : select_wanted<T, Formula, false, false>(wanted);
 }
 
 template <typename T>
 BCE_EXT_TARGET void multiply(int64_t n, const T* a, const T* b, T* __restrict out) {
   n &= ~(kLanes<T> - 1);
   for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
-}
-
-template <typename T>
-BCE_EXT_TARGET bool all_in_unit_interval(int64_t n, const T* q) {
-  int outside = 0;
-  for (int64_t i = 0; i < n; ++i) outside |= !(q[i] >= T(0)) | !(q[i] <= T(1));
-  return outside == 0;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "../problem.h"
 
@@ -13,9 +14,16 @@ enum class Isa { Baseline, Avx2, Avx512 };
 // Whether this machine can execute it.
 bool is_supported(Isa isa);
 
+// An element for which the formula is not defined: a probability outside of [0, 1], NaN included, or a label that is
+// neither 0 nor 1 nor ignored.
+struct InvalidElement {
+  bool is_target = false;
+  double value = 0.0;
+};
+
 struct ChunkResult {
-  double sum = 0.0;            // of the losses, when the problem says `reduce`
-  bool input_in_range = true;  // for Formula::Probabilities: every input was in [0, 1], and none was NaN
+  double sum = 0.0;                       // of the losses, when the problem says `reduce`
+  std::optional<InvalidElement> invalid;  // the first one; what was computed is then without meaning
 };
 
 // The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk

@@ -17,6 +17,7 @@
 
 #include "../formulas.h"
 #include "../problem.h"
+#include "block_check.h"
 #include "block_compute.h"
 #include "block_kernel.h"
 #include "block_read.h"
@@ -26,6 +27,60 @@
 namespace bce_ext {
 namespace BCE_EXT_ISA {
 namespace {
+
+// ---- the choice of a kernel ----
+
+template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight, bool kAdjusts>
+BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
+  switch (wanted) {
+    case kLoss:
+      return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight, kAdjusts>;
+    case kGradInput:
+      return compute<T, Formula, kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
+    case kGradTarget:
+      return compute<T, Formula, kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+    case kLoss | kGradInput:
+      return compute<T, Formula, kLoss | kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
+    case kGradInput | kGradTarget:
+      return compute<T, Formula, kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+    default:
+      return compute<T, Formula, kLoss | kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+  }
+}
+
+template <typename T, typename Formula, bool kAdjusts>
+BCE_EXT_TARGET Compute<T> select_joined(int wanted) {
+  switch (wanted) {
+    case kLinearSum:
+      return compute<T, Formula, kLinearSum, false, false, kAdjusts>;
+    case kLinearSum | kGradInput:
+      return compute<T, Formula, kLinearSum | kGradInput, false, false, kAdjusts>;
+    default:
+      return compute<T, Formula, kLinearSum | kGradInput | kPastCaches, false, false, kAdjusts>;
+  }
+}
+
+// Adjusted targets have kernels of their own for sums without weights, which they are most frequent in; with weights
+// they share the kernel that takes all of them.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight, bool adjusts) {
+  if constexpr (Formula::kJoinsLogarithms) {
+    if ((wanted & kLinearSum) != 0) {
+      return adjusts ? select_joined<T, Formula, true>(wanted) : select_joined<T, Formula, false>(wanted);
+    }
+  }
+  if (adjusts) return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, true>(wanted);
+  if constexpr (!Formula::kTakesProbabilities) {
+    if (has_pos_weight) {
+      return has_weight ? select_wanted<T, Formula, true, true, false>(wanted)
+                        : select_wanted<T, Formula, false, true, false>(wanted);
+    }
+  }
+  return has_weight ? select_wanted<T, Formula, true, false, false>(wanted)
+                    : select_wanted<T, Formula, false, false, false>(wanted);
+}
+
+// ---- a chunk ----
 
 // `joins_logs`: the losses need not be known one by one, and have the same weight, so that their logarithms can be
 // added as the logarithm of a product.
@@ -40,9 +95,11 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   OutputWriter<T> grad_input(problem.grad_input);
   OutputWriter<T> grad_target(problem.grad_target);
 
-  const bool has_weight = problem.weight.layout != Layout::Absent;
-  const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent;
+  // The kernel for adjusted targets reads all weights; an absent one is 1.
+  const bool adjusts = problem.adjusts_target();
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
+  const bool has_weight = problem.weight.layout != Layout::Absent || (adjusts && !joins_logs && !has_grad_output);
+  const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent || (adjusts && !joins_logs);
   const int wanted = (joins_logs                                       ? kLinearSum
                       : problem.reduce || problem.loss.data != nullptr ? kLoss
                                                                        : 0) |
@@ -51,10 +108,11 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   const bool past_caches = problem.past_caches && wanted == (kLinearSum | kGradInput) &&
                            problem.grad_input.dtype == dtype_of<T>() &&
                            reinterpret_cast<uintptr_t>(problem.grad_input.data) % BCE_EXT_VECTOR_BYTES == 0;
-  const Compute<T> compute_rest = select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight);
+  const Compute<T> compute_rest =
+      select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight, adjusts);
   const Compute<T> compute_full =
-      past_caches ? select_compute<T, Formula>(wanted | kPastCaches, false, false) : compute_rest;
-  const T scale = static_cast<T>(problem.scale);
+      past_caches ? select_compute<T, Formula>(wanted | kPastCaches, false, false, adjusts) : compute_rest;
+  const Constants<T> constants(problem);
 
   ChunkResult result;
   double lanes[kLanes<T>] = {};
@@ -67,40 +125,42 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     if (n > kLanes<T>) n &= ~(kLanes<T> - 1);  // what remains makes one last, small block
     const int64_t padded = round_to_lanes<T>(n);
 
-    const T* x = input.block(at, n);
-    const T* y = target.block(at, n);
-    const T* w = nullptr;
-    if (has_weight) w = weight.block(at, n);
+    Block<T> block;
+    block.x = input.block(at, n);
+    block.y = target.block(at, n);
+    block.w = nullptr;
+    if (has_weight) block.w = weight.block(at, n);
     if (has_grad_output) {
       const T* g = grad_output.block(at, n);
       if (has_weight) {
-        multiply(padded, w, g, product);
-        w = product;
+        multiply(padded, block.w, g, product);
+        block.w = product;
       } else {
-        w = g;
+        block.w = g;
       }
     }
-    T* block_loss = loss.block(at, n);
-    T* block_grad_input = grad_input.block(at, n);
-    T* block_grad_target = grad_target.block(at, n);
-    const T* p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
-    const Ahead ahead{input.ahead(at + n), target.ahead(at + n),
-                      has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
-    (n == padded ? compute_full : compute_rest)(padded, x, y, w, p, scale, ahead, first, block_loss, block_grad_input,
-                                                block_grad_target, lanes);
+    block.p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
+    block.first = first;
+    block.loss = loss.block(at, n);
+    block.grad_input = grad_input.block(at, n);
+    block.grad_target = grad_target.block(at, n);
+    block.lanes = lanes;
+    block.ahead = {input.ahead(at + n), target.ahead(at + n),
+                   has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
+    (n == padded ? compute_full : compute_rest)(padded, constants, block);
 
-    loss.finish(block_loss, at, n);
-    grad_input.finish(block_grad_input, at, n);
-    grad_target.finish(block_grad_target, at, n);
-    if constexpr (std::is_same_v<Formula, Probabilities>) {
-      result.input_in_range = result.input_in_range && all_in_unit_interval(n, x);
+    loss.finish(block.loss, at, n);
+    grad_input.finish(block.grad_input, at, n);
+    grad_target.finish(block.grad_target, at, n);
+    if (!result.invalid) {
+      result.invalid = find_invalid<T, Formula>(problem, n, block.x, block.y, constants.rule.ignore_index);
     }
     if (joins_logs) {
       fill(T(0), padded - n, first + n);
       logarithms.add(first, padded);
     } else if (problem.reduce) {
-      fill(T(0), padded - n, block_loss + n);
-      accumulate(block_loss, padded, lanes);
+      fill(T(0), padded - n, block.loss + n);
+      accumulate(block.loss, padded, lanes);
     }
   }
   if (past_caches) fence_past_caches();
@@ -114,7 +174,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
 
 template <typename T, typename Formula>
 BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
-  const bool joins_logs = std::is_same_v<Formula, WithLogits> && problem.reduce && problem.loss.data == nullptr &&
+  const bool joins_logs = Formula::kJoinsLogarithms && problem.reduce && problem.loss.data == nullptr &&
                           problem.grad_target.data == nullptr && problem.weight.layout == Layout::Absent &&
                           problem.pos_weight.layout == Layout::Absent && problem.grad_output.layout == Layout::Absent;
   const ChunkResult result = evaluate_blocks<T, Formula>(problem, begin, end, joins_logs);
@@ -124,13 +184,20 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   return result;
 }
 
+template <template <typename> typename Formula>
+BCE_EXT_TARGET ChunkKernel select_compute_type(const Problem& problem) {
+  return problem.compute_in_double ? evaluate_chunk<double, Formula<double>> : evaluate_chunk<float, Formula<float>>;
+}
+
 }  // namespace
 
 ChunkKernel select_chunk_kernel(const Problem& problem) {
-  if (problem.formula == Formula::WithLogits) {
-    return problem.compute_in_double ? evaluate_chunk<double, WithLogits> : evaluate_chunk<float, WithLogits>;
+  switch (problem.formula) {
+    case Formula::Probabilities:
+      return select_compute_type<Probabilities>(problem);
+    default:
+      return select_compute_type<WithLogits>(problem);
   }
-  return problem.compute_in_double ? evaluate_chunk<double, Probabilities> : evaluate_chunk<float, Probabilities>;
 }
 
 }  // namespace BCE_EXT_ISA

@@ -20,8 +20,11 @@ BCE_EXT_TARGET void convert(const S* __restrict in, int64_t n, T* __restrict out
 // Vector units convert 32-bit integers to floating point, 64-bit ones only from AVX-512 on; and labels are small.
 template <typename T, typename S>
 BCE_EXT_TARGET void convert_wide(const S* __restrict in, int64_t n, T* __restrict out) {
+  // 0 for what an int32_t holds: with 2^31 added, numbers from -2^31 on have no high bits, if there are negative ones.
+  constexpr uint64_t kOffset = std::is_signed_v<S> ? 0x80000000u : 0;
+  constexpr int kBits = std::is_signed_v<S> ? 32 : 31;
   uint64_t high_bits = 0;
-  for (int64_t i = 0; i < n; ++i) high_bits |= (static_cast<uint64_t>(in[i]) + 0x80000000u) >> 32;
+  for (int64_t i = 0; i < n; ++i) high_bits |= (static_cast<uint64_t>(in[i]) + kOffset) >> kBits;
   if (high_bits == 0) {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<int32_t>(in[i]));
   } else {

@@ -21,8 +21,8 @@ struct StreamLauncher {
 
 int64_t partials_size(int64_t numel) { return max_partials(numel); }
 
-void solve(const Problem& problem, double* partials, double divisor, const Output& total, cudaStream_t stream) {
-  solve(problem, partials, divisor, total, StreamLauncher{stream});
+void solve(const Problem& problem, double* partials, const Output& total, cudaStream_t stream) {
+  solve(problem, partials, total, StreamLauncher{stream});
 }
 
 void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,

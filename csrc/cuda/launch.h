@@ -11,8 +11,8 @@ namespace cuda {
 // The number of doubles of scratch memory that a summing problem of `numel` elements needs.
 int64_t partials_size(int64_t numel);
 
-// Solves a problem whose pointers are to memory of the current device. When it asks for a sum, total = sum / divisor.
-void solve(const Problem& problem, double* partials, double divisor, const Output& total, cudaStream_t stream);
+// Solves a problem whose pointers are to memory of the current device. When it asks for a sum, total is it, divided.
+void solve(const Problem& problem, double* partials, const Output& total, cudaStream_t stream);
 
 // grad *= *grad_output, where grad_output is one value on the device. Returns without touching grad when that value
 // is 1.

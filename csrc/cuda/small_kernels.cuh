@@ -9,15 +9,18 @@ namespace cuda {
 
 constexpr int kSumThreads = 512;
 
-// result = (sum of partials) / divisor, in an order that depends on their number alone. One block.
+// result = (sum of partials) / (divisor * normalizer), in an order that depends on their number alone. One block.
 static __global__ void __launch_bounds__(kSumThreads)
-    final_sum_kernel(const double* partials, int64_t num_partials, double divisor, Output result) {
+    final_sum_kernel(const double* partials, int64_t num_partials, double divisor, Operand normalizer, Output result) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < num_partials; i += kSumThreads) {
     sum += partials[i];
   }
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
+    if (normalizer.layout != Layout::Absent) {
+      divisor *= load_element<double>(normalizer.data, normalizer.dtype, 0);
+    }
     store_element(result, 0, sum / divisor);
   }
 }

@@ -102,11 +102,11 @@ bool fits(const Problem& problem) {
 
 // Solves the problem with a vector kernel where the layouts of the weights allow it: returns the number of blocks, or
 // -1.
-template <typename Policy, typename Input, typename Target, bool kWeighted, typename Launch>
+template <typename Formula, typename Input, typename Target, bool kWeighted, typename Launch>
 int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   using C = compute_t<Input>;
   constexpr int N = kVectorSize<Input, Target, kWeighted>;
-  VectorArguments<C> arguments;
+  VectorArguments<C> arguments(problem);
   if (!make_factor<Input, N>(problem.weight, problem, arguments.weight) ||
       !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight) ||
       !make_factor<Input, N>(problem.grad_output, problem, arguments.grad_output)) {
@@ -118,78 +118,82 @@ int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_
   arguments.grad_input = problem.grad_input;
   arguments.grad_target = problem.grad_target;
   arguments.partials = partials;
-  arguments.scale = static_cast<C>(problem.scale);
   arguments.numel = problem.numel;
   arguments.aligned = is_aligned<Input, N>(problem.input.data) && is_aligned<Target, N>(problem.target.data) &&
                       (problem.loss.dtype == dtype_of<C>() ? is_aligned<C, N>(problem.loss.data)
                                                            : is_aligned<Input, N>(problem.loss.data)) &&
                       is_aligned<Input, N>(problem.grad_input.data) && is_aligned<Target, N>(problem.grad_target.data);
   const int64_t blocks = num_blocks(problem.numel, kTile<Input, Target, kWeighted>, max_blocks);
-  launch(vector_kernel<Policy, Input, Target, kWeighted>, blocks, kThreads, arguments);
+  launch(vector_kernel<Formula, Input, Target, kWeighted>, blocks, kThreads, arguments);
   return blocks;
 }
 
-template <typename Policy, typename Input, typename Target, typename Launch>
+// `Formula` stands for its instance for the type computed in.
+template <template <typename> typename Formula, typename Input, typename Target, typename Launch>
 int64_t try_types(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   if (!fits<Input, Target>(problem)) {
     return -1;
   }
+  using Instance = Formula<compute_t<Input>>;
   const bool weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
-                        problem.grad_output.layout != Layout::Absent;
-  return weighted ? try_vector_kernel<Policy, Input, Target, true>(problem, partials, max_blocks, launch)
-                  : try_vector_kernel<Policy, Input, Target, false>(problem, partials, max_blocks, launch);
+                        problem.grad_output.layout != Layout::Absent || problem.adjusts_target();
+  return weighted ? try_vector_kernel<Instance, Input, Target, true>(problem, partials, max_blocks, launch)
+                  : try_vector_kernel<Instance, Input, Target, false>(problem, partials, max_blocks, launch);
 }
 
-template <typename Policy, typename Input, typename... Targets, typename Launch>
+template <template <typename> typename Formula, typename Input, typename... Targets, typename Launch>
 int64_t try_targets(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   int64_t blocks = -1;
-  ((blocks = blocks >= 0 ? blocks : try_types<Policy, Input, Targets>(problem, partials, max_blocks, launch)), ...);
+  ((blocks = blocks >= 0 ? blocks : try_types<Formula, Input, Targets>(problem, partials, max_blocks, launch)), ...);
   return blocks;
 }
 
 // The pairs of element types that have a vector kernel.
-template <typename Policy, typename Launch>
+template <template <typename> typename Formula, typename Launch>
 int64_t try_vector_kernels(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   switch (problem.input.dtype) {
     case Dtype::Float:
-      return try_targets<Policy, float, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
+      return try_targets<Formula, float, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks, launch);
     case Dtype::Half:
-      return try_targets<Policy, __half, __half, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks,
-                                                                                   launch);
+      return try_targets<Formula, __half, __half, float, Boolean, uint8_t, int64_t>(problem, partials, max_blocks,
+                                                                                    launch);
     case Dtype::BFloat16:
-      return try_targets<Policy, __nv_bfloat16, __nv_bfloat16, float, Boolean, uint8_t, int64_t>(problem, partials,
-                                                                                                 max_blocks, launch);
+      return try_targets<Formula, __nv_bfloat16, __nv_bfloat16, float, Boolean, uint8_t, int64_t>(problem, partials,
+                                                                                                  max_blocks, launch);
     case Dtype::Double:
-      return try_targets<Policy, double, double, Boolean>(problem, partials, max_blocks, launch);
+      return try_targets<Formula, double, double, Boolean>(problem, partials, max_blocks, launch);
     default:
       return -1;
   }
 }
 
-template <typename Policy, typename Launch>
+template <template <typename> typename Formula, typename Launch>
 int64_t launch_generic_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
-  GenericArguments arguments;
-  arguments.problem = problem;
-  arguments.partials = partials;
-  for (int d = 0; d < problem.ndim; ++d) {
-    arguments.sizes[d] = Divider(problem.sizes[d]);
-  }
   const int64_t blocks = num_blocks(problem.numel, kGenericTile, max_blocks);
+  const auto launch_typed = [&](auto zero) {
+    using C = decltype(zero);
+    GenericArguments<C> arguments(problem);
+    arguments.partials = partials;
+    for (int d = 0; d < problem.ndim; ++d) {
+      arguments.sizes[d] = Divider(problem.sizes[d]);
+    }
+    launch(generic_kernel<Formula<C>, C>, blocks, kThreads, arguments);
+  };
   if (problem.compute_in_double) {
-    launch(generic_kernel<Policy, double>, blocks, kThreads, arguments);
+    launch_typed(double{});
   } else {
-    launch(generic_kernel<Policy, float>, blocks, kThreads, arguments);
+    launch_typed(float{});
   }
   return blocks;
 }
 
-template <typename Policy, typename Launch>
+template <template <typename> typename Formula, typename Launch>
 int64_t launch_pass(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   if (problem.numel == 0) {
     return 0;
   }
-  const int64_t blocks = try_vector_kernels<Policy>(problem, partials, max_blocks, launch);
-  return blocks >= 0 ? blocks : launch_generic_kernel<Policy>(problem, partials, max_blocks, launch);
+  const int64_t blocks = try_vector_kernels<Formula>(problem, partials, max_blocks, launch);
+  return blocks >= 0 ? blocks : launch_generic_kernel<Formula>(problem, partials, max_blocks, launch);
 }
 
 // The partial sums that a problem can have at most: the smallest tile is that of vectors of two elements.
@@ -197,10 +201,10 @@ inline int64_t max_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
   return num_blocks(numel, kTile<double, double, true>, max_blocks);
 }
 
-// Solves a problem. When it asks for a sum, `total` receives it, divided by `divisor`, and `partials` has room for
-// max_partials(numel) values.
+// Solves a problem. When it asks for a sum, `total` receives it, divided by the divisor and the normalizer, and
+// `partials` has room for max_partials(numel) values.
 template <typename Launch>
-void solve(const Problem& problem, double* partials, double divisor, const Output& total, const Launch& launch,
+void solve(const Problem& problem, double* partials, const Output& total, const Launch& launch,
            int64_t max_blocks = kMaxBlocks) {
   if (!problem.reduce) {
     partials = nullptr;
@@ -209,7 +213,7 @@ void solve(const Problem& problem, double* partials, double divisor, const Outpu
                              ? launch_pass<WithLogits>(problem, partials, max_blocks, launch)
                              : launch_pass<Probabilities>(problem, partials, max_blocks, launch);
   if (problem.reduce) {
-    launch(final_sum_kernel, 1, kSumThreads, partials, blocks, divisor, total);
+    launch(final_sum_kernel, 1, kSumThreads, partials, blocks, problem.divisor, problem.normalizer, total);
   }
 }
 

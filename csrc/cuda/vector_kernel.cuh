@@ -1,5 +1,5 @@
 // The kernel for what is common: input and target dense and in walk order, in vectors. Two variants: kWeighted reads
-// the weights in any of the ways of factor.cuh, the other has none.
+// the weights in any of the ways of factor.cuh and adjusts targets, the other has neither.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -15,14 +15,39 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
+// What the kernels take of a Problem's numbers.
+template <typename C>
+struct Numbers {
+  explicit Numbers(const Problem& problem)
+      : normalizer(problem.normalizer.data),
+        normalizer_dtype(problem.normalizer.dtype),
+        scale(static_cast<C>(1.0 / problem.divisor)),
+        rule(problem) {
+    std::copy_n(problem.parameters, kMaxParameters, parameters);
+  }
+
+  // Of the gradients.
+  __device__ __forceinline__ C full_scale() const {
+    return normalizer == nullptr ? scale : scale / load_element<C>(normalizer, normalizer_dtype, 0);
+  }
+
+  const void* normalizer;
+  Dtype normalizer_dtype;
+  C scale;
+  TargetRule<C> rule;
+  double parameters[kMaxParameters];
+};
+
 template <typename C>
 struct VectorArguments {
+  explicit VectorArguments(const Problem& problem) : numbers(problem) {}
+
+  Numbers<C> numbers;
   const void* input = nullptr;
   const void* target = nullptr;
   Factor weight, pos_weight, grad_output;
   Output loss, grad_input, grad_target;
   double* partials = nullptr;  // one sum of losses per block, where wanted
-  C scale = C(1);              // of the gradients
   int64_t numel = 0;
   bool aligned = false;  // input, target and the outputs can be accessed in vectors
 };
@@ -38,14 +63,21 @@ constexpr int kVectorSize =
 template <typename Input, typename Target, bool kWeighted>
 constexpr int kTile = kThreads * kVectorSize<Input, Target, kWeighted>;
 
-// Logits may have any value; what is no probability stops the program, as in native, by an assertion of the kernel.
-template <typename Policy, typename C>
-__device__ __forceinline__ bool is_in_range(C x) {
-  return !std::is_same_v<Policy, Probabilities> || (x >= C(0) && x <= C(1));
+// Logits may have any value; a probability or an integer label that is none stops the program, as in native, by an
+// assertion of the kernel.
+template <typename Formula, bool kHardLabels, typename C>
+__device__ __forceinline__ bool is_in_range(C x, C y, const Numbers<C>& numbers) {
+  if constexpr (Formula::kTakesProbabilities) {
+    return (x >= C(0) && x <= C(1) && y >= C(0) && y <= C(1)) || y == numbers.rule.ignore_index;
+  } else if constexpr (kHardLabels) {
+    return y == C(0) || y == C(1) || y == numbers.rule.ignore_index;
+  } else {
+    return true;
+  }
 }
 
 // What a thread does with its N elements of a tile.
-template <typename Policy, typename Input, typename Target, bool kWeighted>
+template <typename Formula, typename Input, typename Target, bool kWeighted>
 class TilePass {
  public:
   using C = compute_t<Input>;
@@ -53,6 +85,8 @@ class TilePass {
 
   __device__ __forceinline__ explicit TilePass(const VectorArguments<C>& arguments)
       : arguments_(arguments),
+        formula_(arguments.numbers.parameters),
+        scale_(arguments.numbers.full_scale()),
         weight_(kWeighted ? constant_value<C>(arguments.weight) * constant_value<C>(arguments.grad_output) : C(1)),
         pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
 
@@ -112,11 +146,11 @@ class TilePass {
 
  private:
   __device__ __forceinline__ Terms<C> evaluate(C x, C y, C w, C p) {
-    in_range_ &= is_in_range<Policy>(x);
+    in_range_ &= is_in_range<Formula, std::is_integral_v<Target>>(x, y, arguments_.numbers);
     if constexpr (kWeighted) {
-      return Policy::evaluate(x, y, w, p, arguments_.scale, Policy::first_stage(x));
+      return evaluate_by_rule(formula_, arguments_.numbers.rule, x, y, w, p, scale_, formula_.first_stage(x));
     } else {
-      return Policy::evaluate(x, y, w, One{}, arguments_.scale, Policy::first_stage(x));
+      return formula_.evaluate(x, y, One{}, One{}, scale_, formula_.first_stage(x));
     }
   }
 
@@ -141,13 +175,15 @@ class TilePass {
   }
 
   const VectorArguments<C>& arguments_;
+  const Formula formula_;
+  const C scale_;                // of the gradients
   const C weight_, pos_weight_;  // the constant parts
   bool in_range_ = true;
 };
 
-template <typename Policy, typename Input, typename Target, bool kWeighted>
+template <typename Formula, typename Input, typename Target, bool kWeighted>
 __global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<compute_t<Input>> arguments) {
-  using Pass = TilePass<Policy, Input, Target, kWeighted>;
+  using Pass = TilePass<Formula, Input, Target, kWeighted>;
   constexpr int64_t kSize = kTile<Input, Target, kWeighted>;
   Pass pass(arguments);
   double sum = 0;

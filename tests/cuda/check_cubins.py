@@ -98,7 +98,8 @@ class Kernel:
     @property
     def parameters(self) -> list[str]:
         """The template arguments, without namespaces."""
-        match = re.search(r"<(.*?)>", self.name)
+        name = re.sub(r"(\w+)<(float|double)>,", r"\1,", self.name)  # a formula's own argument is that of the kernel
+        match = re.search(r"<(.*?)>", name)
         return [re.sub(r".*::", "", parameter.strip()) for parameter in match[1].split(",")] if match else []
 
     @property

@@ -98,8 +98,11 @@ class Case:
     pos_weight: Operand = dataclasses.field(default_factory=Operand)
     grad_output: Operand = dataclasses.field(default_factory=Operand)
     formula: int = LOGITS
+    normalizer: Operand = dataclasses.field(default_factory=Operand)
+    parameters: tuple[float, ...] = ()  # of the formula
+    label_smoothing: float = 0.0
+    ignore_index: float | None = None
     reduce: bool = True
-    scale: float = 1.0
     divisor: float = 1.0
     compute_in_double: bool | None = None  # None: as the host code decides, from the types
     loss: str | None = None  # dtypes of the outputs; None: not wanted
@@ -130,10 +133,14 @@ class Case:
 
     def pack(self) -> bytes:
         sizes = (*self.sizes, *[0] * (8 - len(self.sizes)))
-        packed = struct.pack("<4q", self.scale_only, self.formula, self.in_double, self.reduce)
-        packed += struct.pack("<2d3q", self.scale, self.divisor, self.max_blocks, self.order, self.seed)
+        hard_labels = "int" in self.target.dtype
+        ignores = self.ignore_index is not None
+        packed = struct.pack("<6q", self.scale_only, self.formula, self.in_double, self.reduce, ignores, hard_labels)
+        packed += struct.pack("<3d", self.divisor, self.label_smoothing, self.ignore_index or 0.0)
+        packed += struct.pack("<5d", *self.parameters, *[0.0] * (5 - len(self.parameters)))
+        packed += struct.pack("<3q", self.max_blocks, self.order, self.seed)
         packed += struct.pack("<10q", self.numel, len(self.sizes), *sizes)
-        for operand in (self.input, self.target, self.weight, self.pos_weight, self.grad_output):
+        for operand in (self.input, self.target, self.weight, self.pos_weight, self.grad_output, self.normalizer):
             packed += operand.pack()
         wanted = {name: (dtype, numel) for name, dtype, numel in self.outputs()}
         for name in ("loss", "grad_input", "grad_target", "total"):
@@ -215,10 +222,12 @@ def _times(weight: Array, value: Array) -> Array:
 
 def expected(case: Case) -> dict[str, Array]:
     """The outputs in float64, and as ``*_scale`` the size of the terms of each: what its error is relative to."""
-    x, y, w, p, g = (
+    x, raw_target, w, p, g = (
         operand.gather(case.sizes)
         for operand in (case.input, case.target, case.weight, case.pos_weight, case.grad_output)
     )
+    slope = 1 - case.label_smoothing
+    y = raw_target * slope + case.label_smoothing / 2
     with np.errstate(all="ignore"):
         w = w * g
         if case.formula == LOGITS:
@@ -226,11 +235,11 @@ def expected(case: Case) -> dict[str, Array]:
             softplus, softplus_of_minus = np.maximum(x, 0) + np.log1p(e), np.maximum(-x, 0) + np.log1p(e)
             sigmoid, sigmoid_of_minus = np.where(x >= 0, 1, e) / (1 + e), np.where(x <= 0, 1, e) / (1 + e)
             sigmoid, sigmoid_of_minus = (np.where(np.isnan(x), x, value) for value in (sigmoid, sigmoid_of_minus))
-            negative, positive = _times(w * (1 - y), softplus), _times(w * p * y, softplus_of_minus)
-            loss, loss_scale = negative + positive, np.abs(negative) + np.abs(positive)
+            negative, positive = _times(1 - y, softplus), _times(p * y, softplus_of_minus)
+            loss, loss_scale = _times(w, negative + positive), _times(np.abs(w), np.abs(negative) + np.abs(positive))
             against, along = w * (1 - y) * sigmoid, w * p * y * sigmoid_of_minus
             grad_input, grad_input_scale = against - along, np.abs(against) + np.abs(along)
-            grad_target = w * (_times(p, softplus_of_minus) - softplus)
+            grad_target = _times(w, _times(p, softplus_of_minus) - softplus)
             grad_target_scale = np.abs(w) * (_times(np.abs(p), softplus_of_minus) + softplus)
         else:
             log_x, log_rest = np.maximum(np.log(x), -100), np.maximum(np.log1p(-x), -100)
@@ -240,16 +249,20 @@ def expected(case: Case) -> dict[str, Array]:
             grad_input, grad_input_scale = w * (x - y) / denominator, np.abs(w) * (np.abs(x) + np.abs(y)) / denominator
             grad_target = _times(w, np.log1p(-x) - np.log(x))
             grad_target_scale = np.abs(w) * (np.abs(np.log1p(-x)) + np.abs(np.log(x)))
-        return {
+        divisor = case.divisor * float(case.normalizer.gather((1,))[0])
+        scale = np.float64(1) / divisor
+        terms = {
             "loss": loss,
             "loss_scale": loss_scale,
-            "grad_input": case.scale * grad_input,
-            "grad_input_scale": abs(case.scale) * grad_input_scale,
-            "grad_target": case.scale * grad_target,
-            "grad_target_scale": abs(case.scale) * grad_target_scale,
-            "total": np.array([np.sum(loss) / case.divisor]) if case.divisor else np.array([np.nan]),
-            "total_scale": np.array([np.sum(loss_scale) / case.divisor]) if case.divisor else np.array([np.nan]),
+            "grad_input": scale * grad_input,
+            "grad_input_scale": abs(scale) * grad_input_scale,
+            "grad_target": scale * slope * grad_target,
+            "grad_target_scale": abs(scale) * slope * grad_target_scale,
         }
+        if case.ignore_index is not None:
+            terms = {name: np.where(raw_target == case.ignore_index, 0.0, term) for name, term in terms.items()}
+        total, total_scale = np.sum(terms["loss"]), np.sum(terms["loss_scale"])
+        return {**terms, "total": np.array([total]) / divisor, "total_scale": np.array([total_scale]) / divisor}
 
 
 def mismatch(case: Case, result: Result) -> str | None:

@@ -16,7 +16,9 @@ struct ShimLauncher {
 
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    *vectorized &= !(std::is_same_v<std::decay_t<Parameters>, cuda::GenericArguments> || ...);
+    constexpr bool kIsGeneric = (std::is_same_v<std::decay_t<Parameters>, cuda::GenericArguments<float>> || ...) ||
+                                (std::is_same_v<std::decay_t<Parameters>, cuda::GenericArguments<double>> || ...);
+    *vectorized &= !kIsGeneric;
     shim::machine.launch(blocks, threads, schedule, [&] { kernel(arguments...); });
   }
 };
@@ -103,8 +105,12 @@ void run_case(Reader& reader, std::ofstream& results) {
   problem.formula = static_cast<Formula>(reader.integer());
   problem.compute_in_double = reader.integer() != 0;
   problem.reduce = reader.integer() != 0;
-  problem.scale = reader.real();
-  const double divisor = reader.real();
+  problem.ignores = reader.integer() != 0;
+  problem.hard_labels = reader.integer() != 0;
+  problem.divisor = reader.real();
+  problem.label_smoothing = reader.real();
+  problem.ignore_index = reader.real();
+  for (double& parameter : problem.parameters) parameter = reader.real();
   const int64_t max_blocks = reader.integer();
   shim::Schedule schedule;
   schedule.order = static_cast<shim::Schedule::Order>(reader.integer());
@@ -113,8 +119,8 @@ void run_case(Reader& reader, std::ofstream& results) {
   problem.ndim = static_cast<int>(reader.integer());
   for (int64_t& size : problem.sizes) size = reader.integer();
   std::vector<std::unique_ptr<Buffer>> inputs, outputs;
-  for (Operand* operand :
-       {&problem.input, &problem.target, &problem.weight, &problem.pos_weight, &problem.grad_output}) {
+  for (Operand* operand : {&problem.input, &problem.target, &problem.weight, &problem.pos_weight, &problem.grad_output,
+                           &problem.normalizer}) {
     inputs.push_back(read_operand(reader, *operand));
   }
   Output total;
@@ -129,7 +135,7 @@ void run_case(Reader& reader, std::ofstream& results) {
                      max_blocks);
   } else {
     const Buffer partials(cuda::max_partials(problem.numel, max_blocks) * sizeof(double), 0);
-    cuda::solve(problem, reinterpret_cast<double*>(partials.data()), divisor, total, launch, max_blocks);
+    cuda::solve(problem, reinterpret_cast<double*>(partials.data()), total, launch, max_blocks);
     if (!partials.intact()) throw std::runtime_error("a write outside of the partial sums");
   }
   const char is_vectorized = vectorized;

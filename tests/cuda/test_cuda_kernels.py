@@ -55,7 +55,6 @@ def make_case(rng: np.random.Generator, pair: tuple[str, str], sizes: tuple[int,
         make_input(rng, input_dtype, numel, formula),
         make_target(rng, target_dtype, numel),
         formula=formula,
-        scale=1 / max(numel, 1),
         divisor=float(numel),
         loss="float" if (input_dtype, target_dtype) == ("bfloat16", "float") else input_dtype,
         grad_input=input_dtype,
@@ -365,7 +364,7 @@ def test_planted_faults_are_found(fault: str | None, tmp_path: pathlib.Path) -> 
         (csrc / "cuda" / name).write_text(source.replace(text, replacement))
     # Targets of the type of the input only: a quarter of the kernels, and of the time to compile them.
     solve = (csrc / "cuda" / "solve.cuh").read_text()
-    solve, cut = re.subn(r"(try_targets<Policy, (\w+), )[\w, ]+>", r"\1\2>", solve)
+    solve, cut = re.subn(r"(try_targets<Formula, (\w+), )[\w, ]+>", r"\1\2>", solve)
     assert cut == len(FLOATING)
     (csrc / "cuda" / "solve.cuh").write_text(solve)
     program = harness.build(tmp_path, ["-O0", "-fsanitize=alignment", "-fno-sanitize-recover=all"], csrc)

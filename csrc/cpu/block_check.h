@@ -1,0 +1,57 @@
+// Whether the elements of a block are values that the formula is defined for.
+#pragma once
+
+#include <optional>
+
+#include "../problem.h"
+#include "block.h"
+#include "block_kernel.h"
+
+namespace bce_ext {
+namespace BCE_EXT_ISA {
+namespace {
+
+// In [0, 1], or `ignored`, which may be NaN: none.
+template <typename T>
+BCE_EXT_HOST_DEVICE bool is_in_unit_interval(T value, T ignored) {
+  return ((value >= T(0)) & (value <= T(1))) | (value == ignored);
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE bool is_hard_label(T value, T ignored) {
+  return (value == T(0)) | (value == T(1)) | (value == ignored);
+}
+
+// The index of the first element that fails, or n. `check`: a function of the element and of `ignored`.
+template <typename T, bool (*check)(T, T)>
+BCE_EXT_TARGET int64_t first_invalid(int64_t n, const T* in, T ignored) {
+  int invalid = 0;
+  for (int64_t i = 0; i < n; ++i) invalid |= !check(in[i], ignored);
+  if (invalid == 0) return n;
+  int64_t i = 0;
+  while (check(in[i], ignored)) ++i;
+  return i;
+}
+
+// The first element of the block that is not valid. The probability of an ignored element may have any value.
+template <typename T, typename Formula>
+BCE_EXT_TARGET std::optional<InvalidElement> find_invalid(const Problem& problem, int64_t n, const T* x, const T* y,
+                                                          T ignored) {
+  if (problem.hard_labels) {
+    const int64_t i = first_invalid<T, is_hard_label<T>>(n, y, ignored);
+    if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
+  }
+  if constexpr (Formula::kTakesProbabilities) {
+    int64_t i = first_invalid<T, is_in_unit_interval<T>>(n, y, ignored);
+    if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
+    for (i = first_invalid<T, is_in_unit_interval<T>>(n, x, std::numeric_limits<T>::quiet_NaN()); i < n; ++i) {
+      if (y[i] != ignored && !is_in_unit_interval(x[i], ignored))
+        return InvalidElement{false, static_cast<double>(x[i])};
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+}  // namespace BCE_EXT_ISA
+}  // namespace bce_ext

@@ -10,6 +10,7 @@ namespace bce_ext {
 namespace {
 
 Tensor bce_autocast(const Arguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
+  check_arguments(arguments);
   const auto autocast_key = at::autocast::get_autocast_dispatch_key_from_device_type(arguments.input.device().type());
   c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_key);
   const auto usual = loss_dtype(arguments);

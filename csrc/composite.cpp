@@ -1,7 +1,10 @@
 #include "composite.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 namespace bce_ext {
 namespace {
@@ -50,15 +53,81 @@ struct Operands {
 // softplus, exact in both tails: at::softplus switches to the identity at its threshold.
 Tensor log1p_exp(const Tensor& x) { return -at::log_sigmoid(-x); }
 
-Tensor elementwise_loss(const Arguments& arguments, const Operands& operands) {
+// (1-y) * softplus(x) + p*y * softplus(-x).
+Tensor cross_entropy(const Operands& operands) {
+  const Tensor& x = operands.input;
+  return limit_product(1 - operands.target, log1p_exp(x)) + limit_product(operands.positive(), log1p_exp(-x));
+}
+
+// Stands for log(0) where it is multiplied by an exponent that may be 0.
+constexpr double kLogOf0 = -1e30;
+Tensor bounded(const Tensor& logarithm) { return logarithm.clamp_min(kLogOf0); }
+
+// u^gamma for u = (1-y) * a + y * b, with finite derivatives of all orders where a or b underflow. For a hard label it
+// is exp(gamma * log(u)), whose derivatives divide nothing by u; the logarithms of a and b have the places that a and b
+// have lost. Near y = 0, log(u) is log(a) + log1p(y * (b/a - 1)), and so at 1.
+Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& log_a, const Tensor& log_b,
+             const Tensor& gamma) {
+  constexpr double kSmallest = 1e-17;  // smaller parts of the other class have no say in what float32 can hold
+  const Tensor is_0 = y == 0, is_1 = y == 1;
+  const Tensor share_at_0 = at::where(is_0, y, 0), share_at_1 = at::where(is_1, 1 - y, 0);
+  const Tensor log_at_0 = log_a + at::log1p(share_at_0 * (b / a.clamp_min(kSmallest) - 1));
+  const Tensor log_at_1 = log_b + at::log1p(share_at_1 * (a / b.clamp_min(kSmallest) - 1));
+  const Tensor of_hard = at::exp(gamma * at::where(is_0, log_at_0, log_at_1));
+  const Tensor is_hard = is_0.logical_or(is_1);
+  return at::where(is_hard, of_hard, at::pow(at::where(is_hard, 1, (1 - y) * a + y * b), gamma));
+}
+
+// The focal loss of formulas.h.
+Tensor focal(const Arguments& arguments, const Operands& operands) {
+  const double alpha = arguments.parameter(0);
+  const Tensor gamma = at::scalar_tensor(arguments.parameter(1), operands.input.options());
   const Tensor& x = operands.input;
   const Tensor& y = operands.target;
+  const Tensor focused =
+      focus(y, x.sigmoid(), (-x).sigmoid(), bounded(at::log_sigmoid(x)), bounded(at::log_sigmoid(-x)), gamma);
+  const Tensor factor = alpha < 0 ? focused : (alpha * y + (1 - alpha) * (1 - y)) * focused;
+  return limit_product(factor, cross_entropy(operands));
+}
+
+// The asymmetric loss of formulas.h.
+Tensor asymmetric(const Arguments& arguments, const Operands& operands) {
+  const double gamma_neg = arguments.parameter(0), gamma_pos = arguments.parameter(1);
+  const double clip = arguments.parameter(2), eps = arguments.parameter(3);
+  const Tensor& x = operands.input;
+  const Tensor& y = operands.target;
+  // The derivative of exp(log_sigmoid(x)) keeps its places where that of sigmoid(x) loses them.
+  const Tensor positive = at::log_sigmoid(x).exp(), negative = at::log_sigmoid(-x).exp();
+  const Tensor log_positive = at::where(positive < eps, std::log(eps), at::log_sigmoid(x));
+  const Tensor rest = (positive - clip).clamp_min(0);  // 1 - Q
+  const Tensor other = at::where(positive < clip, 1, negative + clip);
+  const Tensor is_near_1 = rest < 0.5;
+  const Tensor log_other = at::where(is_near_1, at::log1p(-at::where(is_near_1, rest, 0)),
+                                     at::log(at::where(is_near_1, 1, other.clamp_min(eps))));
+  const Tensor entropy = -(operands.positive() * log_positive + (1 - y) * log_other);
+  const Tensor gamma = gamma_pos * y + gamma_neg * (1 - y);
+  const Tensor log_rest =
+      clip > 0 ? at::log(at::where(rest > 0, rest, 1)).masked_fill(rest <= 0, kLogOf0) : bounded(at::log_sigmoid(x));
+  const Tensor focused = focus(y, rest, negative, log_rest, bounded(at::log_sigmoid(-x)), gamma);
+  return entropy * (arguments.parameter(4) != 0 ? focused.detach() : focused);
+}
+
+Tensor elementwise_loss(const Arguments& arguments, const Operands& operands) {
   Tensor loss;
-  if (arguments.takes_probabilities()) {
-    // ATen's own function has the clamps of the definition in its derivatives of all orders.
-    loss = at::binary_cross_entropy(x, y, {}, at::Reduction::None);
-  } else {
-    loss = limit_product(1 - y, log1p_exp(x)) + limit_product(operands.positive(), log1p_exp(-x));
+  switch (arguments.kind()) {
+    case Formula::WithLogits:
+      loss = cross_entropy(operands);
+      break;
+    case Formula::Probabilities:
+      // ATen's own function has the clamps of the definition in its derivatives of all orders.
+      loss = at::binary_cross_entropy(operands.input, operands.target, {}, at::Reduction::None);
+      break;
+    case Formula::Focal:
+      loss = focal(arguments, operands);
+      break;
+    case Formula::Asymmetric:
+      loss = asymmetric(arguments, operands);
+      break;
   }
   return operands.cleared(operands.weighted(loss));
 }
@@ -83,6 +152,38 @@ Tensor divided(const Tensor& value, const Arguments& arguments, const c10::SymIn
   return is_defined(arguments.normalizer) ? result / arguments.normalizer->to(value.scalar_type()) : result;
 }
 
+// composite_backward for formulas whose gradient is no shorter than its derivation by autograd.
+std::tuple<Tensor, Tensor> backward_by_autograd(const Arguments& arguments, const Tensor& grad_output,
+                                                const c10::SymInt& divisor, std::array<bool, 2> output_mask) {
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode with_graph(true);
+  const auto leaf = [](const Tensor& tensor, bool is_wanted) {
+    return is_wanted && !tensor.requires_grad() ? tensor.alias().requires_grad_() : tensor;
+  };
+  const Tensor input = leaf(arguments.input, output_mask[0]), target = leaf(arguments.target, output_mask[1]);
+  std::vector<Tensor> wanted;
+  if (output_mask[0]) wanted.push_back(input);
+  if (output_mask[1]) wanted.push_back(target);
+  Tensor grad_input = at::empty({0}, arguments.input.options());
+  Tensor grad_target = at::empty({0}, arguments.target.options());
+  if (wanted.empty()) return {std::move(grad_input), std::move(grad_target)};
+
+  const Arguments of_leaves{input,
+                            target,
+                            arguments.weight,
+                            arguments.pos_weight,
+                            arguments.normalizer,
+                            arguments.formula,
+                            arguments.options};
+  const Operands operands(of_leaves, grad_output.scalar_type());
+  const Tensor loss = elementwise_loss(of_leaves, operands);
+  const Tensor scale = divided(grad_output.to(operands.dtype), arguments, divisor).expand_as(loss);
+  const auto gradients = torch::autograd::grad({loss}, wanted, {scale}, /*retain_graph=*/create_graph, create_graph);
+  if (output_mask[0]) grad_input = gradients.front();
+  if (output_mask[1]) grad_target = gradients.back();
+  return {std::move(grad_input), std::move(grad_target)};
+}
+
 }  // namespace
 
 Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
@@ -95,6 +196,9 @@ Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarT
 
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,
                                               const c10::SymInt& divisor, std::array<bool, 2> output_mask) {
+  if (arguments.kind() == Formula::Focal || arguments.kind() == Formula::Asymmetric) {
+    return backward_by_autograd(arguments, grad_output, divisor, output_mask);
+  }
   const Operands operands(arguments, grad_output.scalar_type());
   const Tensor& x = operands.input;
   const Tensor& y = operands.target;
@@ -141,6 +245,7 @@ std::tuple<Tensor, Tensor> backward_composite(const Arguments& arguments, const 
 }
 
 Tensor count_valid_composite(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
   return (target != ignore_index).sum(at::kDouble);
 }
 

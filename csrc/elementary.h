@@ -32,8 +32,10 @@ struct FloatFormat<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int kExponentBias = 127;
   static constexpr Bits kMagnitudeMask = 0x7fffffffu;
-  static constexpr Bits kSqrtHalf = 0x3f3504f3u;  // the bits of sqrt(1/2)
+  static constexpr Bits kSqrtHalf = 0x3f3504f3u;      // the bits of sqrt(1/2)
+  static constexpr Bits kHighHalfMask = 0xffffff00u;  // of 24 bits 16: times an exponent of 8 bits it is exact
   static constexpr float kLog2E = 1.44269504f;
+  static constexpr float kLn2 = 0.693147181f;
   static constexpr float kLn2High = 0.693145752f;  // few enough bits for n * kLn2High to be exact
   static constexpr float kLn2Low = 1.42860677e-6f;
   static constexpr float kSmallestNormal = std::numeric_limits<float>::min();
@@ -48,7 +50,9 @@ struct FloatFormat<double> {
   static constexpr int kExponentBias = 1023;
   static constexpr Bits kMagnitudeMask = 0x7fffffffffffffffull;
   static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcdull;
+  static constexpr Bits kHighHalfMask = 0xfffffffffffff000ull;
   static constexpr double kLog2E = 1.4426950408889634;
+  static constexpr double kLn2 = 0.69314718055994531;
   static constexpr double kLn2High = 0.69314718036912382;
   static constexpr double kLn2Low = 1.9082149292705877e-10;
   static constexpr double kSmallestNormal = std::numeric_limits<double>::min();
@@ -86,7 +90,7 @@ using Bits = typename Number<T>::Bits;
 template <typename T>
 using Condition = typename Number<T>::Condition;
 template <typename T>
-using Format = FloatFormat<Scalar<T> >;
+using Format = FloatFormat<Scalar<T>>;
 
 template <typename T>
 BCE_EXT_HOST_DEVICE Bits<T> to_bits(T value) {
@@ -230,12 +234,12 @@ BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
   // power of two.
   constexpr Scalar<T> kRound =
-      Scalar<T>(1.5) * power_of_two<Scalar<T> >(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
+      Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
   const T rounded = kRound - a * Format<T>::kLog2E;
   const T n = rounded - kRound;
   const T r = (-a - n * Format<T>::kLn2High) - n * Format<T>::kLn2Low;
   const T lifted_power = from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
-  constexpr Scalar<T> kUnit = power_of_two<Scalar<T> >(-kLift);
+  constexpr Scalar<T> kUnit = power_of_two<Scalar<T>>(-kLift);
   return select(a > T(Format<T>::kExpCutoff), T(0), (expm1_quotient(r, kUnit) * r + kUnit) * lifted_power);
 }
 
@@ -254,8 +258,8 @@ struct Split {
 
 template <typename T>
 BCE_EXT_HOST_DEVICE Split<T> split(T u) {
-  constexpr Bits<Scalar<T> > kBias = Format<T>::kExponentBias;
-  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T> >(Format<T>::kMantissaBits);
+  constexpr Bits<Scalar<T>> kBias = Format<T>::kExponentBias;
+  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits);
   const Bits<T> biased =
       (to_bits(u) + ((kBias << Format<T>::kMantissaBits) - Format<T>::kSqrtHalf)) >> Format<T>::kMantissaBits;
   return {from_bits<T>(to_bits(kRound) + biased) - (kRound + Scalar<T>(Format<T>::kExponentBias)),
@@ -281,16 +285,62 @@ BCE_EXT_HOST_DEVICE T product_of_excesses(T a, T b) {
   return a * b + (a + b);
 }
 
+// 2^n for an integral n in [-126, 127], or [-1022, 1023].
+template <typename T>
+BCE_EXT_HOST_DEVICE T exp2_of_integer(T n) {
+  constexpr Scalar<T> kRound =
+      Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias);
+  return from_bits<T>(to_bits(n + kRound) << Format<T>::kMantissaBits);
+}
+
+// u^g for u >= 0 and g >= 0, with 0^0 = 1. A subnormal u counts as 0.
+template <typename T>
+BCE_EXT_HOST_DEVICE T power(T u, T g) {
+  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits);
+  // Beyond these, two factors of 2^(k/2) give 0 or infinity anyway.
+  constexpr Scalar<T> kLimit = 2 * Format<T>::kExponentBias - 2;
+  const Split<T> parts = split(u);
+  const T f = u * parts.scale - T(1);
+  const T log2_of_rest = ((f * f) * centred_log1p_rest(f, Scalar<T>()) + f) * Format<T>::kLog2E;
+  // The exponent g * log2(u) in two parts, so that a large one costs no places of the result: the high half of g times
+  // the integer n is exact.
+  const T g_high = from_bits<T>(to_bits(g) & Format<T>::kHighHalfMask);
+  const T whole = g_high * parts.n;
+  const T rest = (g - g_high) * parts.n + g * log2_of_rest;
+  const T exponent = whole + rest;
+  const T bounded = select(exponent < T(-kLimit), T(-kLimit), select(exponent > T(kLimit), T(kLimit), exponent));
+  const T k = (bounded + kRound) - kRound;
+  const T half = (bounded * T(0.5) + kRound) - kRound;
+  const T r = ((whole - k) + rest) * Format<T>::kLn2;
+  const T fraction = expm1_quotient(r, Scalar<T>(1)) * r + T(1);
+  const T result = fraction * exp2_of_integer(half) * exp2_of_integer(k - half);
+  const T of_zero = select(g == T(0), T(1), T(0));
+  // A bounded exponent has an r without meaning, and its result is 0 or infinity.
+  const T beyond = select(exponent > T(kLimit), T(Format<T>::kInfinity), T(0));
+  const Condition<T> is_bounded = (exponent < T(-kLimit)) | (exponent > T(kLimit));
+  return select(u < T(Format<T>::kSmallestNormal), of_zero, select(is_bounded, beyond, result));
+}
+
 // log(q) for q in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {
   constexpr int kLift = 64;
   const Condition<T> subnormal = q < T(Format<T>::kSmallestNormal);
-  const T lifted = q * select(subnormal, T(power_of_two<Scalar<T> >(kLift)), T(1));
+  const T lifted = q * select(subnormal, T(power_of_two<Scalar<T>>(kLift)), T(1));
   const Split<T> parts = split(lifted);
   const T f = lifted * parts.scale - T(1);
   const T n = parts.n - select(subnormal, T(Scalar<T>(kLift)), T(0));
   return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(n, f));
+}
+
+// log(q) for a normal q in (0, 1] whose complement 1 - q is known to its last places: near 1 the logarithm comes from
+// that.
+template <typename T>
+BCE_EXT_HOST_DEVICE T log_by_complement(T q, T complement) {
+  const Split<T> parts = split(q);
+  const T direct = q * parts.scale - T(1);
+  const T by_complement = (parts.scale - T(1)) - complement * parts.scale;
+  return log_of_split(parts.n, select(q < T(0.5), direct, by_complement));
 }
 
 // log(1 - q) for q in [0, 1]. No rounding of 1 - q is felt: where it is inexact, f is not computed from it.

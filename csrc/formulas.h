@@ -166,4 +166,144 @@ struct Probabilities {
   }
 };
 
+// u^gamma and u^(gamma-1), the latter 0 where u is.
+template <typename T>
+struct Focus {
+  T power, previous;
+};
+
+template <typename T, typename Scalar>
+BCE_EXT_HOST_DEVICE Focus<T> focus(T u, Scalar gamma) {
+  if (gamma == Scalar(2)) return {u * u, u};  // what is common needs no power
+  if (gamma == Scalar(1)) return {u, T(1)};
+  const T power = math::power(u, T(gamma));
+  const T tiny = math::Format<T>::kSmallestNormal;
+  return {power, power / math::select(u < tiny, tiny, u)};
+}
+
+// Focal loss of a logit x against a target y, with weight w and pos_weight p, as torchvision defines it:
+//   c    = (1-y) * softplus(x) + p*y * softplus(-x)
+//   u    = (1-y) * sigmoid(x) + y * sigmoid(-x)           the probability that the other class gets
+//   A    = alpha * y + (1-alpha) * (1-y), or 1 where alpha is negative
+//   loss = w * A * c * u^gamma
+//   dloss/dx = w * A * [dc/dx * u^gamma + gamma * c * u^(gamma-1) * (1-2y) * sigmoid(x) * sigmoid(-x)]
+//   dloss/dy = w * [(2*alpha-1) * c * u^gamma + A * (dc/dy * u^gamma + gamma * c * u^(gamma-1) * du/dy)]
+//   du/dy    = sigmoid(-x) - sigmoid(x)
+template <typename Scalar>
+struct Focal {
+  static constexpr bool kJoinsLogarithms = false;
+  static constexpr bool kTakesProbabilities = false;
+
+  BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
+      : gamma(static_cast<Scalar>(parameters[1])),
+        alpha_at_0(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])),
+        alpha_slope(static_cast<Scalar>(parameters[0] < 0 ? 0.0 : 2.0 * parameters[0] - 1.0)) {}
+
+  template <typename T>
+  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
+    return math::exp_of_negative(math::magnitude(x));
+  }
+
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const CrossEntropy<T> entropy(x, y, p, e);
+    const math::Condition<T> below = math::is_negative(x);
+    const T larger = T(1) - entropy.smaller;
+    const T negative = T(1) - y;
+    const T u = math::select(below, negative, y) * entropy.smaller + math::select(below, y, negative) * larger;
+    const Focus<T> focused = focus(u, gamma);
+    const T alpha = y * T(alpha_slope) + T(alpha_at_0);
+    const T slope_of_power = T(gamma) * focused.previous;
+    const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
+    const T by_input = slope_of_power * (T(1) - (y + y)) * math::weighted(product, entropy.loss);
+    const T by_share = slope_of_power * math::with_sign_of(entropy.smaller - larger, x);
+
+    Terms<T> terms;
+    terms.linear = T(0);
+    terms.loss = math::weighted(alpha * focused.power, entropy.loss);
+    terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
+    terms.grad_target = math::weighted(T(alpha_slope) * focused.power + alpha * by_share, entropy.loss) +
+                        math::weighted(alpha * focused.power, entropy.grad_target);
+    return weighted(w, scale, terms);
+  }
+
+  Scalar gamma;
+  Scalar alpha_at_0, alpha_slope;  // A is a line over y
+};
+
+// Asymmetric loss of a logit x against a target y, with weight w and pos_weight p, as timm defines it:
+//   P    = sigmoid(x),  Q = min(sigmoid(-x) + clip, 1)
+//   L    = -[p*y * log(max(P, eps)) + (1-y) * log(max(Q, eps))]
+//   u    = y * (1-P) + (1-y) * (1-Q)
+//   loss = w * L * u^g  with  g = gamma_pos * y + gamma_neg * (1-y)
+// The gradient with respect to x has no part through u where focusing is detached; that of a bounded part is 0.
+template <typename Scalar>
+struct Asymmetric {
+  static constexpr bool kJoinsLogarithms = false;
+  static constexpr bool kTakesProbabilities = false;
+
+  BCE_EXT_HOST_DEVICE explicit Asymmetric(const double* parameters)
+      : gamma_neg(static_cast<Scalar>(parameters[0])),
+        gamma_pos(static_cast<Scalar>(parameters[1])),
+        clip(static_cast<Scalar>(parameters[2])),
+        eps(static_cast<Scalar>(parameters[3])),
+        attached(static_cast<Scalar>(parameters[4] == 0)) {}
+
+  template <typename T>
+  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
+    return math::exp_of_negative(math::magnitude(x));
+  }
+
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const T zero = T(0), one = T(1), bound = T(eps);
+    const math::Condition<T> below = math::is_negative(x);
+    const T smaller = math::divide(e, one + e);
+    const T larger = one - smaller;
+    const T positive = math::select(below, smaller, larger);  // P
+    const T negative = math::select(below, larger, smaller);  // sigmoid(-x)
+    const T product = smaller * larger;
+
+    // The two logarithms and their derivatives.
+    const T log_e = math::log1p_of_unit(e);
+    const T log_positive_at_bound = math::log_by_complement(bound, one - bound);
+    const math::Condition<T> positive_is_bounded = positive < bound;
+    const T log_positive =
+        math::select(positive_is_bounded, log_positive_at_bound, math::select(below, x, zero) - log_e);
+    const T slope_positive = math::select(positive_is_bounded, zero, negative);
+    const T excess = positive - T(clip);
+    const math::Condition<T> is_clipped = excess < zero;
+    const T rest = math::select(is_clipped, zero, excess);  // 1 - Q
+    const T unbounded = math::select(is_clipped, one, negative + T(clip));
+    const math::Condition<T> negative_is_bounded = unbounded < bound;
+    const T other = math::select(negative_is_bounded, bound, unbounded);  // max(Q, eps)
+    const T log_other = math::log_by_complement(other, math::select(negative_is_bounded, one - bound, rest));
+    const T slope_rest = math::select(is_clipped, zero, product);
+    const T slope_other = math::select(negative_is_bounded, zero, -slope_rest / other);
+
+    const T share = one - y;
+    const T gamma = T(gamma_pos) * y + T(gamma_neg) * share;
+    const T u = y * negative + share * rest;
+    const T focus = math::power(u, gamma);
+    const T tiny = math::Format<T>::kSmallestNormal;
+    const math::Condition<T> is_zero = u < tiny;
+    const T previous = focus / math::select(is_zero, tiny, u);  // u^(g-1), and 0 where u is
+    const T entropy = -(times(p, y * log_positive) + share * log_other);
+    const T entropy_by_input = -(times(p, y * slope_positive) + share * slope_other);
+    const T u_by_input = share * slope_rest - y * product;
+    const T log_u = math::select(is_zero, zero, math::log_of_unit(math::select(is_zero, one, u)));
+
+    Terms<T> terms;
+    terms.linear = zero;
+    terms.loss = entropy * focus;
+    terms.grad_input = entropy_by_input * focus + T(attached) * (entropy * gamma * previous * u_by_input);
+    const T focus_by_target = focus * T(gamma_pos - gamma_neg) * log_u + gamma * previous * (negative - rest);
+    terms.grad_target = (log_other - times(p, log_positive)) * focus + T(attached) * entropy * focus_by_target;
+    return weighted(w, scale, terms);
+  }
+
+  Scalar gamma_neg, gamma_pos, clip, eps;
+  Scalar attached;  // 1, or 0 where no gradient goes through the focusing factor
+};
+
 }  // namespace bce_ext

@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor> backward_meta(const Arguments& arguments, const Tenso
 
 void scale_grad_meta(Tensor& /*grad*/, const Tensor& /*grad_output*/) {}
 
-Tensor count_valid_meta(const Tensor& target, double /*ignore_index*/) {
+Tensor count_valid_meta(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
   return at::empty({}, target.options().dtype(at::kDouble));
 }
 

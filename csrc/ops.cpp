@@ -37,6 +37,10 @@ const char* name_of(const Arguments& arguments) {
       return "binary_cross_entropy_with_logits";
     case Formula::Probabilities:
       return "binary_cross_entropy";
+    case Formula::Focal:
+      return "sigmoid_focal_loss";
+    case Formula::Asymmetric:
+      return "asymmetric_loss";
   }
   return "bce_ext";
 }
@@ -103,8 +107,33 @@ size_t num_parameters(Formula formula) {
     case Formula::WithLogits:
     case Formula::Probabilities:
       return 0;
+    case Formula::Focal:
+      return 2;
+    case Formula::Asymmetric:
+      return 5;
   }
   return 0;
+}
+
+void check_not_negative(const Arguments& arguments, const char* what, double value) {
+  TORCH_CHECK_VALUE(value >= 0.0 && std::isfinite(value), name_of(arguments), ": expected ", what,
+                    " to be at least 0, but got ", value);
+}
+
+void check_parameters(const Arguments& arguments) {
+  if (arguments.kind() == Formula::Focal) {
+    const double alpha = arguments.parameter(0);
+    TORCH_CHECK_VALUE((alpha >= 0.0 && alpha <= 1.0) || alpha == -1.0, name_of(arguments),
+                      ": Invalid alpha value: ", alpha, ". alpha must be in the range [0,1] or -1 for ignore.");
+    check_not_negative(arguments, "gamma", arguments.parameter(1));
+  } else if (arguments.kind() == Formula::Asymmetric) {
+    check_not_negative(arguments, "gamma_neg", arguments.parameter(0));
+    check_not_negative(arguments, "gamma_pos", arguments.parameter(1));
+    TORCH_CHECK_VALUE(arguments.parameter(2) >= 0.0 && arguments.parameter(2) < 1.0, name_of(arguments),
+                      ": expected clip to be at least 0 and less than 1, but got ", arguments.parameter(2));
+    TORCH_CHECK_VALUE(arguments.parameter(3) > 0.0 && arguments.parameter(3) < 1.0, name_of(arguments),
+                      ": expected eps between 0 and 1, but got ", arguments.parameter(3));
+  }
 }
 
 void check_options(const Arguments& arguments) {
@@ -117,6 +146,7 @@ void check_options(const Arguments& arguments) {
   const double smoothing = arguments.label_smoothing();
   TORCH_CHECK_VALUE(smoothing >= 0.0 && smoothing <= 1.0, name_of(arguments),
                     ": expected label_smoothing between 0 and 1, but got ", smoothing);
+  check_parameters(arguments);
 }
 
 template <typename Signature>
@@ -138,7 +168,8 @@ auto call(const Operator& op, const Arguments& arguments, Rest&&... rest) {
 }  // namespace
 
 void check_storage(const Tensor& tensor, const char* name) {
-  // What is no memory of its own has nothing to check: a subclass, a meta tensor.
+  // What is no memory of its own has nothing to check: a subclass, a meta tensor, a transform's wrapper. The operations
+  // of ATen that these end in read memory as they do for native.
   if (!(tensor.is_cpu() || tensor.is_cuda()) || !is_plain(tensor) || !tensor.has_storage() || tensor.numel() == 0) {
     return;
   }
@@ -161,6 +192,14 @@ void check_reduction(const Arguments& arguments, int64_t reduction) {
 
 void check_loss_dtype(at::ScalarType dtype) {
   TORCH_CHECK(is_arithmetic(dtype), "expected a loss of float64, float32, bfloat16 or float16, but got ", dtype);
+}
+
+void check_count(const Tensor& target, double ignore_index) {
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()),
+              "_count_valid: expected a real target, but got ", target.scalar_type());
+  TORCH_CHECK(target.layout() == at::kStrided, "_count_valid: expected a strided target, but got ", target.layout());
+  TORCH_CHECK_VALUE(!std::isnan(ignore_index), "_count_valid: expected ignore_index to be a number, but got nan");
+  check_storage(target, "target");
 }
 
 void check_arguments(const Arguments& arguments) {
@@ -275,6 +314,14 @@ TORCH_LIBRARY(bce_ext, m) {
   m.def(
       "binary_cross_entropy.options(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
       "*, " BCE_EXT_OPTIONS ") -> Tensor");
+  m.def(
+      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha=0.25, float gamma=2.0, int reduction=0, *, "
+      "Tensor? "
+      "weight=None, Tensor? pos_weight=None, " BCE_EXT_OPTIONS ") -> Tensor");
+  m.def(
+      "asymmetric_loss(Tensor input, Tensor target, float gamma_neg=4.0, float gamma_pos=1.0, float clip=0.05, int "
+      "reduction=1, *, Tensor? weight=None, Tensor? pos_weight=None, " BCE_EXT_OPTIONS
+      ", bool detach_focusing=False, float eps=1e-08) -> Tensor");
 
   // All of them: the loss with its derivatives, under autocast and under transforms. dtype: of the loss; None: that of
   // input and target promoted, and float32 at least under autocast.
@@ -332,11 +379,31 @@ Tensor probabilities_options(const Tensor& input, const Tensor& target, const Op
   return bce({input, target, weight, std::nullopt, normalizer, kFormula, options}, reduction);
 }
 
+Tensor focal(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t reduction,
+             const OptionalTensor& weight, const OptionalTensor& pos_weight, double label_smoothing,
+             const OptionalNumber& ignore_index, const OptionalTensor& normalizer) {
+  constexpr auto kFormula = static_cast<int64_t>(Formula::Focal);
+  const std::array<double, 4> options{label_smoothing, number_or_nan(ignore_index), alpha, gamma};
+  return bce({inputs, targets, weight, pos_weight, normalizer, kFormula, options}, reduction);
+}
+
+Tensor asymmetric(const Tensor& input, const Tensor& target, double gamma_neg, double gamma_pos, double clip,
+                  int64_t reduction, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                  double label_smoothing, const OptionalNumber& ignore_index, const OptionalTensor& normalizer,
+                  bool detach_focusing, double eps) {
+  constexpr auto kFormula = static_cast<int64_t>(Formula::Asymmetric);
+  const std::array<double, 7> options{
+      label_smoothing, number_or_nan(ignore_index), gamma_neg, gamma_pos, clip, eps, double(detach_focusing)};
+  return bce({input, target, weight, pos_weight, normalizer, kFormula, options}, reduction);
+}
+
 void register_public(torch::Library& m) {
   m.impl("binary_cross_entropy_with_logits", with_logits);
   m.impl("binary_cross_entropy_with_logits.options", with_logits_options);
   m.impl("binary_cross_entropy", probabilities);
   m.impl("binary_cross_entropy.options", probabilities_options);
+  m.impl("sigmoid_focal_loss", focal);
+  m.impl("asymmetric_loss", asymmetric);
 }
 
 Tensor bce_below_autograd(const Arguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {

@@ -71,6 +71,7 @@ bool is_arithmetic(at::ScalarType type);
 // numbers out of range, RuntimeError for weights that do not broadcast, for mixed devices and for memory that is not
 // there, NotImplementedError for logits that are not real floating point numbers in a strided tensor.
 void check_arguments(const Arguments& arguments);
+void check_count(const Tensor& target, double ignore_index);
 void check_reduction(const Arguments& arguments, int64_t reduction);
 void check_loss_dtype(at::ScalarType dtype);
 void check_grad_output(const Tensor& grad_output, const Arguments& arguments);

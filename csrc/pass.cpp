@@ -71,6 +71,10 @@ bool continues(const Dimension& outer, const Dimension& inner) {
 
 }  // namespace
 
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.itemsize() == 0;
+}
+
 Operand flat_operand(const Tensor& tensor) {
   Operand operand;
   operand.data = tensor.const_data_ptr();
@@ -150,6 +154,7 @@ void Pass::bind(Operand& operand, const Tensor& tensor) {
   // A 0-d CPU tensor beside CUDA logits: filled in on the device, since a copy would make the host wait.
   if (tensor.device() != input_.device()) bound = at::full({}, tensor.item(), tensor.options().device(input_.device()));
   if (!dtype_of(bound.scalar_type())) bound = bound.to(at::kFloat);
+  if (!is_aligned(bound)) bound = bound.clone();
   operand = flat_operand(bound);
   bindings_.push_back({&operand, std::move(bound)});
 }

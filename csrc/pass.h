@@ -42,6 +42,8 @@ class Pass {
 
 // What a kernel writes to: a tensor of one of the four floating types.
 Output output_of(const Tensor& tensor);
+// Whether elements lie at multiples of their size, as kernels need it. Memory that came from elsewhere may not.
+bool is_aligned(const Tensor& tensor);
 // What a kernel reads as it lies in memory, element by element.
 Operand flat_operand(const Tensor& tensor);
 

@@ -51,8 +51,8 @@ struct Output {
 };
 
 // What is computed of each element: see formulas.h. Its numbers are those of the internal operators.
-enum class Formula : int8_t { WithLogits, Probabilities };
-constexpr int kFormulas = 2;
+enum class Formula : int8_t { WithLogits, Probabilities, Focal, Asymmetric };
+constexpr int kFormulas = 4;
 
 // The most parameters that a formula has.
 constexpr int kMaxParameters = 5;

@@ -137,6 +137,7 @@ struct Cpu {
 void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
   check_scale_grad(grad, grad_output);
   const bool is_one =
+      is_aligned(grad_output) &&
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
                                       [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
   if (!is_one) grad.mul_(grad_output);

@@ -60,24 +60,38 @@ BCE_EXT_TARGET Compute<T> select_joined(int wanted) {
   }
 }
 
-// Adjusted targets have kernels of their own for sums without weights, which they are most frequent in; with weights
-// they share the kernel that takes all of them.
+// What a kernel reads beside input and target, and does to the target.
+struct Needs {
+  bool weight, pos_weight;  // the weight times grad_output counts as one
+  bool adjusts;
+};
+
+// What is frequent has a kernel without what it does not need. The rest shares one that takes both weights, 1 where
+// they are absent, and adjusts targets, by nothing where there is nothing to adjust.
+template <typename Formula>
+BCE_EXT_TARGET bool takes_everything(const Needs& needs) {
+  const bool is_weighted = needs.weight || needs.pos_weight;
+  if constexpr (Formula::kTakesProbabilities) return needs.adjusts;
+  if constexpr (Formula::kJoinsLogarithms) return needs.adjusts || (needs.weight && needs.pos_weight);
+  return needs.adjusts || is_weighted;
+}
+
 template <typename T, typename Formula>
-BCE_EXT_TARGET Compute<T> select_compute(int wanted, bool has_weight, bool has_pos_weight, bool adjusts) {
+BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
   if constexpr (Formula::kJoinsLogarithms) {
     if ((wanted & kLinearSum) != 0) {
-      return adjusts ? select_joined<T, Formula, true>(wanted) : select_joined<T, Formula, false>(wanted);
+      return needs.adjusts ? select_joined<T, Formula, true>(wanted) : select_joined<T, Formula, false>(wanted);
     }
   }
-  if (adjusts) return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, true>(wanted);
-  if constexpr (!Formula::kTakesProbabilities) {
-    if (has_pos_weight) {
-      return has_weight ? select_wanted<T, Formula, true, true, false>(wanted)
-                        : select_wanted<T, Formula, false, true, false>(wanted);
-    }
+  if (takes_everything<Formula>(needs))
+    return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, true>(wanted);
+  if constexpr (Formula::kJoinsLogarithms) {
+    if (needs.pos_weight) return select_wanted<T, Formula, false, true, false>(wanted);
   }
-  return has_weight ? select_wanted<T, Formula, true, false, false>(wanted)
-                    : select_wanted<T, Formula, false, false, false>(wanted);
+  if constexpr (Formula::kJoinsLogarithms || Formula::kTakesProbabilities) {
+    if (needs.weight) return select_wanted<T, Formula, true, false, false>(wanted);
+  }
+  return select_wanted<T, Formula, false, false, false>(wanted);
 }
 
 // ---- a chunk ----
@@ -95,11 +109,11 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   OutputWriter<T> grad_input(problem.grad_input);
   OutputWriter<T> grad_target(problem.grad_target);
 
-  // The kernel for adjusted targets reads all weights; an absent one is 1.
-  const bool adjusts = problem.adjusts_target();
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
-  const bool has_weight = problem.weight.layout != Layout::Absent || (adjusts && !joins_logs && !has_grad_output);
-  const bool has_pos_weight = problem.pos_weight.layout != Layout::Absent || (adjusts && !joins_logs);
+  Needs needs{problem.weight.layout != Layout::Absent || has_grad_output, problem.pos_weight.layout != Layout::Absent,
+              problem.adjusts_target()};
+  if (!joins_logs && takes_everything<Formula>(needs)) needs = {true, !Formula::kTakesProbabilities, true};
+  const bool has_weight = problem.weight.layout != Layout::Absent || (needs.weight && !has_grad_output);
   const int wanted = (joins_logs                                       ? kLinearSum
                       : problem.reduce || problem.loss.data != nullptr ? kLoss
                                                                        : 0) |
@@ -108,10 +122,8 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   const bool past_caches = problem.past_caches && wanted == (kLinearSum | kGradInput) &&
                            problem.grad_input.dtype == dtype_of<T>() &&
                            reinterpret_cast<uintptr_t>(problem.grad_input.data) % BCE_EXT_VECTOR_BYTES == 0;
-  const Compute<T> compute_rest =
-      select_compute<T, Formula>(wanted, has_weight || has_grad_output, has_pos_weight, adjusts);
-  const Compute<T> compute_full =
-      past_caches ? select_compute<T, Formula>(wanted | kPastCaches, false, false, adjusts) : compute_rest;
+  const Compute<T> compute_rest = select_compute<T, Formula>(wanted, needs);
+  const Compute<T> compute_full = past_caches ? select_compute<T, Formula>(wanted | kPastCaches, needs) : compute_rest;
   const Constants<T> constants(problem);
 
   ChunkResult result;
@@ -139,7 +151,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
         block.w = g;
       }
     }
-    block.p = has_pos_weight ? pos_weight.block(at, n) : nullptr;
+    block.p = needs.pos_weight ? pos_weight.block(at, n) : nullptr;
     block.first = first;
     block.loss = loss.block(at, n);
     block.grad_input = grad_input.block(at, n);
@@ -195,6 +207,10 @@ ChunkKernel select_chunk_kernel(const Problem& problem) {
   switch (problem.formula) {
     case Formula::Probabilities:
       return select_compute_type<Probabilities>(problem);
+    case Formula::Focal:
+      return select_compute_type<Focal>(problem);
+    case Formula::Asymmetric:
+      return select_compute_type<Asymmetric>(problem);
     default:
       return select_compute_type<WithLogits>(problem);
   }

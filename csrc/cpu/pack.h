@@ -72,6 +72,7 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Pack operator*(Pack a, Pack b) { return {a.low * b.low, a.high * b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator/(Pack a, Pack b) { return {a.low / b.low, a.high / b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator&(Pack a, Pack b) { return {a.low & b.low, a.high & b.high}; }
+  friend BCE_EXT_HOST_DEVICE Pack operator|(Pack a, Pack b) { return {a.low | b.low, a.high | b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator^(Pack a, Pack b) { return {a.low ^ b.low, a.high ^ b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator-(Pack a) { return {-a.low, -a.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator<<(Pack a, int count) { return {a.low << count, a.high << count}; }

@@ -31,7 +31,7 @@ struct Cuda {
 
 void scale_grad_cuda(Tensor& grad, const Tensor& grad_output) {
   check_scale_grad(grad, grad_output);
-  if (!grad.is_non_overlapping_and_dense()) {
+  if (!grad.is_non_overlapping_and_dense() || !is_aligned(grad) || !is_aligned(grad_output)) {
     grad.mul_(grad_output);
     return;
   }

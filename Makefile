@@ -39,10 +39,10 @@ BUILT := build/.built-$(TAG)
 
 CXX_SOURCES := $(shell find csrc -type f)
 FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-PY_TREES := $(wildcard setup.py build_extensions.py bce_ext tests benchmarks examples)
-TYPED := $(wildcard bce_ext examples benchmarks)
+PY_TREES := $(wildcard setup.py build_extensions.py bce_ext tests benchmarks examples tools docs)
+TYPED := $(wildcard bce_ext examples benchmarks tools)
 
-.PHONY: help environment deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+.PHONY: help environment wheel release deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,30 @@ demo: $(BUILT)  ## trains real models with torch's loss and with ours, and compa
 test: $(BUILT)  ## the whole test suite
 	$(PY) -m pytest tests $(ARGS)
 
+# Built in the tree, so that its objects serve; but from an empty directory of modules, and used from another place, in an environment of its own.
+# The libraries of torch stay torch's.
+WHEEL := build/wheel
+SMOKE := tests/test_native_parity.py tests/test_override.py tests/test_torchscript.py
+wheel: $(DEPS) $(VENV)/.release  ## dist/: the sdist and a wheel for this torch, checked and tried
+	rm -rf $(WHEEL) build/lib.* dist
+	$(PY) -m build --no-isolation --sdist
+	BCE_EXT_RELEASE=1 $(PY) -m build --no-isolation --wheel --outdir $(WHEEL)
+	PATH=$(abspath $(VENV)/bin):$$PATH $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' --wheel-dir dist $(WHEEL)/*.whl
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--extra-index-url %) '$(TORCH_SPEC)' dist/*.whl \
+		hypothesis numpy pytest --constraint requirements-dev.txt
+	mkdir $(WHEEL)/elsewhere && cp -r tests docs pyproject.toml $(WHEEL)/elsewhere
+	cd $(WHEEL)/elsewhere && ../venv/bin/python -m bce_ext && ../venv/bin/python -m pytest $(SMOKE) $(ARGS)
+	@ls -l dist
+
+$(VENV)/.release: requirements-release.txt | $(DEPS)
+	$(PY) -m pip install --disable-pip-version-check -r $<
+	touch $@
+
+release:  ## cuts the changelog and sets the version: make release VERSION=0.2.0
+	$(PYTHON) tools/release.py cut '$(VERSION)'
+
 lint: $(DEPS)  ## formatting, style and types
 	$(PY) -m ruff format --check $(PY_TREES)
 	$(PY) -m ruff check $(PY_TREES)
@@ -103,8 +127,8 @@ bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 
 # Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
 # its own: only what changed is compiled.
-COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py build_extensions.py pyproject.toml requirements-dev.txt \
-	.clang-format bce_ext csrc tests benchmarks examples docs)
+COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py build_extensions.py pyproject.toml $(wildcard requirements-*.txt) \
+	.clang-format CITATION.cff .pre-commit-config.yaml bce_ext csrc tests benchmarks examples docs tools)
 build/%-tree: FORCE
 	@mkdir -p $@
 	@find $@ \( -path $@/build -o -name '*.so' -o -name _build.py \) -prune -o -type f -exec rm {} +

@@ -118,6 +118,16 @@ NVCC_FLAGS = [
 LINK_FLAGS = shlex.split(os.environ.get("BCE_EXT_LINK_FLAGS", ""))
 
 
+def torch_minor() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def torch_tag() -> str:
+    """The torch and the device of this build, as in pt213cpu and pt214cu130."""
+    device = {"cpu": "cpu", "cuda": f"cu{torch.version.cuda}", "rocm": f"rocm{torch.version.hip}"}[DEVICE]
+    return f"pt{torch_minor()}{device}".replace(".", "")
+
+
 def with_system_headers(extension: Extension) -> Extension:
     """Makes all include directories but ours system directories, so that torch's headers raise no warnings."""
     own, *others = extension.include_dirs

@@ -9,10 +9,13 @@ Environment variables:
                           further flags, for example "-Xptxas -v" for nvcc.
     CXX                   the C++ compiler.
     MAX_JOBS              the number of compilers at a time.
+    BCE_EXT_RELEASE       1 makes a wheel for others: its version says which torch it is for (0.1.0+pt213cpu), and it requires that torch.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +32,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 sys.path.insert(0, str(Path(__file__).parent))  # a build backend leaves it out
 try:
-    from build_extensions import BuildCommand, why_nothing_compiles
+    from build_extensions import BuildCommand, torch_minor, torch_tag, why_nothing_compiles
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -71,7 +74,12 @@ class BuildExt(BuildCommand):
         super().run()
 
 
+VERSION = re.findall(r'^__version__ = "(.+)"$', Path("bce_ext/__init__.py").read_text(), re.M)[0]
+IS_RELEASE = os.environ.get("BCE_EXT_RELEASE") == "1"
+
 setup(
+    version=f"{VERSION}+{torch_tag()}" if IS_RELEASE else VERSION,
+    install_requires=[f"torch=={torch_minor()}.*" if IS_RELEASE else "torch>=2.11"],
     ext_modules=[Extension("bce_ext.libbce_ext", []), Extension("bce_ext._C", [])],  # BuildCommand fills them in
     cmdclass={"build": Build, "build_ext": BuildExt},
 )

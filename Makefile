@@ -42,7 +42,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 PY_TREES := $(wildcard setup.py build_extensions.py bce_ext tests benchmarks examples tools docs)
 TYPED := $(wildcard bce_ext examples benchmarks tools)
 
-.PHONY: help environment wheel release deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+.PHONY: help environment wheel release docs figures deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,7 +101,14 @@ wheel: $(DEPS) $(VENV)/.release  ## dist/: the sdist and a wheel for this torch,
 	cd $(WHEEL)/elsewhere && ../venv/bin/python -m bce_ext && ../venv/bin/python -m pytest $(SMOKE) $(ARGS)
 	@ls -l dist
 
-$(VENV)/.release: requirements-release.txt | $(DEPS)
+docs: $(BUILT) $(VENV)/.docs  ## the documentation, in docs/_build/html; a warning is an error
+	$(PY) -m sphinx -W --keep-going -q -d build/doctrees docs docs/_build/html
+	@echo "$(abspath docs/_build/html/index.html)"
+
+figures: $(DEPS)  ## the drawings of the documentation
+	$(PY) docs/images/call_to_kernel.py
+
+$(VENV)/.release $(VENV)/.docs: $(VENV)/.%: requirements-%.txt | $(DEPS)
 	$(PY) -m pip install --disable-pip-version-check -r $<
 	touch $@
 
@@ -127,7 +134,7 @@ bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 
 # Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
 # its own: only what changed is compiled.
-COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py build_extensions.py pyproject.toml $(wildcard requirements-*.txt) \
+COPIED := $(wildcard Makefile *.md LICENSE MANIFEST.in setup.py build_extensions.py pyproject.toml $(wildcard requirements-*.txt) \
 	.clang-format CITATION.cff .pre-commit-config.yaml bce_ext csrc tests benchmarks examples docs tools)
 build/%-tree: FORCE
 	@mkdir -p $@
@@ -168,7 +175,7 @@ gpu: nvcc
 		|| { echo "This target needs a GPU, and torch sees none."; exit 1; }
 
 clean:  ## removes what was built
-	rm -rf build dist *.egg-info bce_ext/*.so bce_ext/_build.py
+	rm -rf build dist docs/_build *.egg-info bce_ext/*.so bce_ext/_build.py
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bce_ext tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
 

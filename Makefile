@@ -1,6 +1,8 @@
 # Every target sets up what it needs in a virtual environment of this directory; `make help` lists them.
 #
 # Variables (make test TORCH_SPEC='torch==2.11.*'):
+#   ENV              an environment that is there, as its directory or its interpreter (make gpu-test ENV=python3): nothing is installed in it and no
+#                    network is used. It must have torch, and should have ninja. CUDA kernels are built for the GPUs that are present.
 #   PYTHON           the interpreter that the environment is made from
 #   TORCH_SPEC       the torch for .venv; TORCH_INDEX: a package index to take it from, for example one of CPU builds
 #   CUDA_TORCH_SPEC  the CUDA build of torch for .venv-cuda
@@ -15,46 +17,62 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 CUDA_TORCH_SPEC ?= torch==2.14.1
 ARGS ?=
+ENV ?=
 
 # timm and segmentation-models-pytorch need the torchvision of their torch. Installed without dependencies, so that torch stays what it is; beside
 # another torch the tests of them are reported as not run.
 TORCHVISION := $(if $(findstring 2.13.0,$(TORCH_SPEC)),torchvision==0.28.0,$(if $(findstring 2.14.1,$(TORCH_SPEC)),torchvision==0.29.1))
 VISION := $(if $(TORCHVISION),$(TORCHVISION) timm==1.0.31 segmentation-models-pytorch==0.6.0)
 
+# One stamp for each torch, so that another one installs and builds anew. The build in place is one, whichever environment it is for.
+ifeq ($(ENV),)
 PY := $(VENV)/bin/python
-# One stamp for each torch, so that another TORCH_SPEC installs and builds anew.
 TAG := $(subst *,x,$(subst <,,$(subst >,,$(subst =,,$(TORCH_SPEC)))))
 DEPS := $(VENV)/.deps-$(TAG)
-BUILT := $(VENV)/.built-$(TAG)
+else
+PY := $(or $(wildcard $(ENV)/bin/python),$(ENV))
+TAG := $(shell $(PY) tests/environment.py --tag)
+DEPS := environment
+export TORCH_CUDA_ARCH_LIST ?= native
+endif
+BUILT := build/.built-$(TAG)
 
 CXX_SOURCES := $(shell find csrc -type f)
 FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-PY_TREES := $(wildcard setup.py bce_ext tests benchmarks examples)
-TYPED := $(wildcard bce_ext examples benchmarks)
+PY_TREES := $(wildcard setup.py build_extensions.py bce_ext tests benchmarks examples tools docs)
+TYPED := $(wildcard bce_ext examples benchmarks tools)
 
-.PHONY: help deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+.PHONY: help environment wheel release docs figures deps build demo test lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 
+ifeq ($(ENV),)
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(DEPS): requirements-dev.txt | $(PY)
-	rm -f $(VENV)/.deps-* $(VENV)/.built-*
+	rm -f $(VENV)/.deps-*
 	$(PY) -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) '$(TORCH_SPEC)'
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	$(if $(VISION),$(PY) -m pip install --disable-pip-version-check --no-deps $(VISION))
 	touch $@
+$(BUILT): $(DEPS)
+else
+environment:
+	@$(PY) tests/environment.py
+$(BUILT): | $(DEPS)
+endif
 
 # The full log is in build/build.log; the terminal gets a line for each file.
-$(BUILT): $(DEPS) setup.py pyproject.toml $(CXX_SOURCES)
+$(BUILT): setup.py build_extensions.py pyproject.toml $(CXX_SOURCES)
 	@mkdir -p build
+	@rm -f build/.built-*
 	$(PY) setup.py build_ext --inplace 2>&1 | tee build/build.log \
 		| sed -uE 's|^(\[[0-9/]+\]) .* -c [^ ]*/(csrc/[^ ]+) .*|\1 \2|; s|^[^ ]*[gc]\+\+ .* -shared .* -o ([^ ]+).*|link \1|'
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	$(if $(ENV),,$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .)
 	touch $@
 
 deps: $(DEPS)  ## the environment without the extension
@@ -65,6 +83,37 @@ demo: $(BUILT)  ## trains real models with torch's loss and with ours, and compa
 
 test: $(BUILT)  ## the whole test suite
 	$(PY) -m pytest tests $(ARGS)
+
+# Built in the tree, so that its objects serve; but from an empty directory of modules, and used from another place, in an environment of its own.
+# The libraries of torch stay torch's.
+WHEEL := build/wheel
+SMOKE := tests/test_native_parity.py tests/test_override.py tests/test_torchscript.py
+wheel: $(DEPS) $(VENV)/.release  ## dist/: the sdist and a wheel for this torch, checked and tried
+	rm -rf $(WHEEL) build/lib.* dist
+	$(PY) -m build --no-isolation --sdist
+	BCE_EXT_RELEASE=1 $(PY) -m build --no-isolation --wheel --outdir $(WHEEL)
+	PATH=$(abspath $(VENV)/bin):$$PATH $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' --wheel-dir dist $(WHEEL)/*.whl
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --disable-pip-version-check $(TORCH_INDEX:%=--extra-index-url %) '$(TORCH_SPEC)' dist/*.whl \
+		hypothesis numpy pytest --constraint requirements-dev.txt
+	mkdir $(WHEEL)/elsewhere && cp -r tests docs pyproject.toml $(WHEEL)/elsewhere
+	cd $(WHEEL)/elsewhere && ../venv/bin/python -m bce_ext && ../venv/bin/python -m pytest $(SMOKE) $(ARGS)
+	@ls -l dist
+
+docs: $(BUILT) $(VENV)/.docs  ## the documentation, in docs/_build/html; a warning is an error
+	$(PY) -m sphinx -W --keep-going -q -d build/doctrees docs docs/_build/html
+	@echo "$(abspath docs/_build/html/index.html)"
+
+figures: $(DEPS)  ## the drawings of the documentation
+	$(PY) docs/images/call_to_kernel.py
+
+$(VENV)/.release $(VENV)/.docs: $(VENV)/.%: requirements-%.txt | $(DEPS)
+	$(PY) -m pip install --disable-pip-version-check -r $<
+	touch $@
+
+release:  ## cuts the changelog and sets the version: make release VERSION=0.2.0
+	$(PYTHON) tools/release.py cut '$(VERSION)'
 
 lint: $(DEPS)  ## formatting, style and types
 	$(PY) -m ruff format --check $(PY_TREES)
@@ -85,17 +134,25 @@ bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 
 # Builds of another kind stand in a copy of the tree, so that none overwrites another. A copy keeps the time stamps and a build directory of
 # its own: only what changed is compiled.
-COPIED := $(wildcard Makefile README.md CHANGELOG.md LICENSE MANIFEST.in setup.py pyproject.toml requirements-dev.txt .clang-format \
-	bce_ext csrc tests benchmarks examples docs)
+COPIED := $(wildcard Makefile *.md LICENSE MANIFEST.in setup.py build_extensions.py pyproject.toml $(wildcard requirements-*.txt) \
+	.clang-format CITATION.cff .pre-commit-config.yaml bce_ext csrc tests benchmarks examples docs tools)
 build/%-tree: FORCE
 	@mkdir -p $@
-	@find $@ \( -path $@/build -o -name '*.so' \) -prune -o -type f -exec rm {} +
-	@tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $@
+	@find $@ \( -path $@/build -o -name '*.so' -o -name _build.py \) -prune -o -type f -exec rm {} +
+	@tar -c --exclude='*.so' --exclude=_build.py --exclude=__pycache__ $(COPIED) | tar -x -C $@
 FORCE:
 
 CUDA_TREE := build/cuda-tree
 IN_CUDA_TREE = env -u TORCH_INDEX BCE_EXT_FORCE_CUDA=1 $(MAKE) -C $(CUDA_TREE) VENV=$(abspath .venv-cuda) TORCH_SPEC='$(CUDA_TORCH_SPEC)' \
 	TORCH_INDEX=
+ifeq ($(ENV),)
+WITH_CUDA = $(IN_CUDA_TREE)
+CUDA_PY := .venv-cuda/bin/python
+gpu gpu-test gpu-bench: $(CUDA_TREE)
+else # the environment that is there is the one with CUDA
+WITH_CUDA = BCE_EXT_FORCE_CUDA=1 $(MAKE)
+CUDA_PY := $(PY)
+endif
 
 nvcc:
 	@command -v nvcc "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" > /dev/null \
@@ -106,19 +163,19 @@ cuda-check: nvcc $(CUDA_TREE)  ## builds with CUDA (no GPU needed), inspects the
 	cd $(CUDA_TREE) && $(abspath .venv-cuda)/bin/python tests/cuda/check_cubins.py
 	$(IN_CUDA_TREE) test
 
-gpu-test: nvcc $(CUDA_TREE) gpu  ## the tests that need a GPU
-	$(IN_CUDA_TREE) test ARGS="-m gpu $(ARGS)"
+gpu-test: nvcc gpu  ## the tests that need a GPU
+	$(WITH_CUDA) test ARGS="-m gpu $(ARGS)"
 
-gpu-bench: nvcc $(CUDA_TREE) gpu  ## the benchmark on a GPU
-	$(IN_CUDA_TREE) bench ARGS="--device cuda $(ARGS)"
+gpu-bench: nvcc gpu  ## the benchmark on a GPU
+	$(WITH_CUDA) bench ARGS="--device cuda $(ARGS)"
 
-gpu: nvcc $(CUDA_TREE)
-	@$(IN_CUDA_TREE) --silent deps
-	@.venv-cuda/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+gpu: nvcc
+	@$(WITH_CUDA) --silent deps
+	@$(CUDA_PY) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
 		|| { echo "This target needs a GPU, and torch sees none."; exit 1; }
 
 clean:  ## removes what was built
-	rm -rf build dist *.egg-info bce_ext/*.so .venv/.built-* .venv-cuda/.built-*
+	rm -rf build dist docs/_build *.egg-info bce_ext/*.so bce_ext/_build.py
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find bce_ext tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
 

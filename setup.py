@@ -1,196 +1,85 @@
-"""Builds the operator library `libbce_ext.so`, which needs no Python, and the small Python module `_C` beside it.
+"""Builds the package. What is compiled stands in build_extensions.py; the sdist and the metadata need neither torch nor a compiler.
 
 Environment variables:
     BCE_EXT_FORCE_CUDA    1 builds the CUDA kernels or fails, 0 leaves them out.
                           Default: they are built where torch has CUDA and nvcc is found.
-    TORCH_CUDA_ARCH_LIST  the GPU architectures, as for every PyTorch extension, for example "8.0;9.0+PTX".
+    TORCH_CUDA_ARCH_LIST  the GPU architectures, as for every PyTorch extension, for example "8.0;9.0+PTX",
+                          or native: those of the GPUs that are present.
     BCE_EXT_CXX_FLAGS, BCE_EXT_NVCC_FLAGS, BCE_EXT_LINK_FLAGS
                           further flags, for example "-Xptxas -v" for nvcc.
+    CXX                   the C++ compiler.
     MAX_JOBS              the number of compilers at a time.
+    BCE_EXT_RELEASE       1 makes a wheel for others: its version says which torch it is for (0.1.0+pt213cpu), and it requires that torch.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
-from glob import glob
+import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
-try:
-    import torch
-except ImportError:
+if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(
-        "bce_ext is compiled against the torch that it will run with, and none can be imported here: "
-        "install torch first, then run `pip install --no-build-isolation .`"
+        f"bce_ext: setuptools 77 or newer is needed, but this is {setuptools.__version__}: pip install -U setuptools"
     )
+
+sys.path.insert(0, str(Path(__file__).parent))  # a build backend leaves it out
+try:
+    from build_extensions import BuildCommand, torch_minor, torch_tag, why_nothing_compiles
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    BuildCommand = build_ext
+
+    def why_nothing_compiles() -> str:
+        why = "it is compiled against the torch that it will run with, and"
+        if is_isolated():
+            return (
+                f"{why} this build is isolated from whatever is installed: "
+                "with torch installed, run `pip install --no-build-isolation .`"
+            )
+        return f"{why} there is none: install torch first, then run `pip install --no-build-isolation .`"
+
+
+def is_isolated() -> bool:
+    """Whether a build tool made an environment of its own for this build: pip, build and poetry as a temporary directory, uv in its cache."""
+    here = Path(setuptools.__file__)
+    by_tool = "setuptools.build_meta" in sys.modules
+    return by_tool and (here.is_relative_to(tempfile.gettempdir()) or "builds-v0" in here.parts)
+
+
+def stop_unless_it_compiles() -> None:
+    if reason := why_nothing_compiles():
+        sys.exit(f"bce_ext: {reason}")
+
+
+class Build(build):
+    """Says before anything else is done why nothing can be compiled."""
+
+    def run(self) -> None:
+        stop_unless_it_compiles()
+        super().run()
+
+
+class BuildExt(BuildCommand):
+    def run(self) -> None:
+        stop_unless_it_compiles()
+        super().run()
+
 
 VERSION = re.findall(r'^__version__ = "(.+)"$', Path("bce_ext/__init__.py").read_text(), re.M)[0]
-CSRC = str(Path("csrc").resolve())  # absolute: ninja runs in the build directory
-DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
-
-
-def output_of(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout + result.stderr
-
-
-def find_cuda_home() -> str | None:
-    """The CUDA toolkit: from the environment, else from the nvcc on PATH (maybe a wrapper), else the usual place."""
-    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
-        return home
-    if (nvcc := shutil.which("nvcc")) and (
-        top := re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "x.cu"), re.M)
-    ):
-        return str(Path(top[1]).resolve())
-    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
-
-
-def why_not_cuda(cuda_home: str | None) -> str | None:
-    """The reason why the CUDA kernels cannot be built, or None."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
-    if cuda_home is None or not Path(cuda_home, "bin/nvcc").exists():
-        return "nvcc was not found"
-    release = re.search(r"release (\d+)\.\d+", output_of(f"{cuda_home}/bin/nvcc", "--version"))
-    if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release[1] if release else '?'} and torch of CUDA {torch.version.cuda}"
-    return None
-
-
-def default_arch_list(cuda_home: str) -> str:
-    """All of DEFAULT_CUDA_ARCHS that this nvcc knows, and PTX of the last for the GPUs to come."""
-    known = output_of(f"{cuda_home}/bin/nvcc", "--list-gpu-arch").split()
-    return ";".join(arch for arch in DEFAULT_CUDA_ARCHS if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
-
-
-def choose_device() -> tuple[str, str]:
-    """The device to build for beside the CPU ("cpu": none), and one sentence that says which and why."""
-    if torch.version.hip is not None:
-        return "rocm", f"building for CPU and ROCm {torch.version.hip}, which torch has"
-    force = os.environ.get("BCE_EXT_FORCE_CUDA")
-    if force not in (None, "", "0", "1"):
-        sys.exit(f"bce_ext: BCE_EXT_FORCE_CUDA must be 0 or 1, but is {force}")
-    if force == "0":
-        return "cpu", "building for CPU only: BCE_EXT_FORCE_CUDA=0"
-    cuda_home = find_cuda_home()
-    if reason := why_not_cuda(cuda_home):
-        if force == "1":
-            sys.exit(f"bce_ext: BCE_EXT_FORCE_CUDA=1, but the CUDA kernels cannot be built: {reason}")
-        return "cpu", f"building for CPU only: {reason}"
-    assert cuda_home is not None
-    os.environ["CUDA_HOME"] = cuda_home
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(cuda_home)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-    return (
-        "cuda",
-        f"building for CPU and CUDA {torch.version.cuda} ({archs}): torch has CUDA, and nvcc is in {cuda_home}",
-    )
-
-
-DEVICE, DECISION = choose_device()
-
-# Only now: importing this looks for the CUDA toolkit. And ninja is found even in an environment that is not activated.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
-
-CXX_FLAGS = [
-    "-O3",
-    "-g0",
-    "-fopenmp",  # at::parallel_for runs serially without it; its runtime is torch's own, so it is not linked
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    *shlex.split(os.environ.get("BCE_EXT_CXX_FLAGS", "")),
-]
-NVCC_FLAGS = [
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "--threads=2",  # each file is compiled for many architectures
-    "-Xcompiler=-fvisibility=hidden,-Wall",
-    *shlex.split(os.environ.get("BCE_EXT_NVCC_FLAGS", "")),
-]
-LINK_FLAGS = shlex.split(os.environ.get("BCE_EXT_LINK_FLAGS", ""))
-
-
-def with_system_headers(extension: Extension) -> Extension:
-    """Makes all include directories but ours system directories, so that torch's headers raise no warnings."""
-    own, *others = extension.include_dirs
-    extension.include_dirs = [own]
-    for flags in extension.extra_compile_args.values():
-        for directory in others:
-            flags += ["-isystem", directory]
-    return extension
-
-
-def operator_library() -> Extension:
-    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]
-    sources.remove("csrc/module.cpp")
-    if DEVICE != "cpu":
-        sources += [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
-    make = CppExtension if DEVICE == "cpu" else CUDAExtension
-    library = make(
-        "bce_ext.libbce_ext",
-        sorted(sources),
-        include_dirs=[CSRC],
-        define_macros=[] if DEVICE == "cpu" else [("BCE_EXT_WITH_CUDA", None)],
-        extra_compile_args={"cxx": [*CXX_FLAGS], "nvcc": [*NVCC_FLAGS]},
-        extra_link_args=["-Wl,-soname,libbce_ext.so", *LINK_FLAGS],
-    )
-    library.libraries.remove("torch_python")
-    return with_system_headers(library)
-
-
-def python_module() -> Extension:
-    facts = {"BCE_EXT_VERSION": VERSION, "BCE_EXT_CXX_FLAGS": " ".join(CXX_FLAGS)}
-    if DEVICE == "cuda":
-        facts |= {
-            "BCE_EXT_CUDA_VERSION": torch.version.cuda,
-            "BCE_EXT_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"],
-            "BCE_EXT_NVCC_FLAGS": " ".join(NVCC_FLAGS),
-        }
-    module = CppExtension(
-        "bce_ext._C",
-        ["csrc/module.cpp"],
-        include_dirs=[CSRC],
-        define_macros=[(name, f'"{value}"') for name, value in facts.items()],
-        extra_compile_args={"cxx": [*CXX_FLAGS]},
-        extra_link_args=[*LINK_FLAGS],
-    )
-    return with_system_headers(module)
-
-
-class BuildOnlyWhatChanged(BuildExtension):
-    """Keeps the objects in a lasting place for each torch and device; editable installs would take a temporary one."""
-
-    def build_extensions(self) -> None:
-        print(f"bce_ext: {DECISION}", flush=True)
-        super().build_extensions()
-
-    def build_extension(self, extension: Extension) -> None:
-        build = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{DEVICE}-{platform.machine()}"
-        self.build_temp = str(Path("build", build, extension.name.split(".")[-1]).resolve())
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        super().build_extension(extension)
-
-    def get_ext_filename(self, fullname: str) -> str:
-        # The operator library is no Python module, so no Python ABI belongs into its name.
-        if fullname.split(".")[-1] == "libbce_ext":
-            return str(Path(*fullname.split("."))) + ".so"
-        return str(super().get_ext_filename(fullname))
-
+IS_RELEASE = os.environ.get("BCE_EXT_RELEASE") == "1"
 
 setup(
-    version=VERSION,
-    ext_modules=[operator_library(), python_module()],
-    cmdclass={"build_ext": BuildOnlyWhatChanged},
+    version=f"{VERSION}+{torch_tag()}" if IS_RELEASE else VERSION,
+    install_requires=[f"torch=={torch_minor()}.*" if IS_RELEASE else "torch>=2.11"],
+    ext_modules=[Extension("bce_ext.libbce_ext", []), Extension("bce_ext._C", [])],  # BuildCommand fills them in
+    cmdclass={"build": Build, "build_ext": BuildExt},
 )

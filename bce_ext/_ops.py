@@ -6,4 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bce_ext import _binary
+
+_binary.check()
 torch.ops.load_library(Path(__file__).with_name("libbce_ext.so"))

@@ -187,16 +187,22 @@ def examples() -> Iterator[str]:
         yield f"| float32, x = {infinity:g}, y = {label:g}: loss | {limit:g} | {' | '.join(cells)} |"
 
 
+PREFACE = """\
+# Accuracy
+
+Written by `benchmarks/accuracy.py`; do not edit.
+
+Errors of single elements against float64, in ULP (units in the last place) of the dtype: **max (mean)**. Rounding to
+the dtype itself costs half a ULP at most, and about a quarter of one on average. Truth is the formula in float64 on the
+same, already rounded inputs.
+"""
+
+
 def document() -> str:
     functional = bce_ext.functional
     lines = [
-        "# Accuracy",
-        "",
-        "Written by `benchmarks/accuracy.py`; do not edit.",
-        "",
-        "Errors of single elements against float64, in ULP (units in the last place) of the dtype: **max (mean)**. Half a ULP is what rounding to the dtype "
-        "itself costs at most, and about a quarter of one on average. Truth is the formula in float64 on the same, already rounded inputs. "
-        f"Each row has {COUNT:,} elements with hard labels; native is `torch.nn.functional` of torch {torch.__version__.split('+')[0]} on the CPU.",
+        PREFACE,
+        f"Each row has {COUNT:,} elements with hard labels. Native is `torch.nn.functional` of torch {torch.__version__.split('+')[0]} on the CPU.",
         "",
         "## Examples",
         "",

@@ -14,16 +14,21 @@ import argparse
 import os
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from cases import IMPLEMENTATIONS, Case
 from grid import Grid, run_grid
 from memory import run_memory
-from plots import plot_memory, plot_sweep
-from report import console, environment, print_table, write_csv
+from report import environment, write_csv
 from sweep import run_sweep
 from targets import check_targets
+from terminal import print_table, say
+
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
+if HAS_MATPLOTLIB:
+    from plots import plot_memory, plot_sweep
 
 WHOLE_GRID = Grid()
 
@@ -103,16 +108,19 @@ def main() -> None:
         cases = [replace(case, **where) for case in plan.sweep]
         rows = run_sweep(cases, plan.exponents, plan.compiled, plan.seconds, plan.min_rounds)
         write_csv(output / "sweep.csv", rows)
-        plot_sweep(output, rows)
+        if HAS_MATPLOTLIB:
+            plot_sweep(output, rows)
     if "memory" in parts:
         rows = run_memory([replace(case, **where) for case in plan.memory], plan.memory_of)
         write_csv(output / "memory.csv", rows)
-        plot_memory(output, rows)
+        if HAS_MATPLOTLIB:
+            plot_memory(output, rows)
     if "grid" in parts:
         threads = sorted({1, args.threads}) if args.device == "cpu" else [args.threads]
         rows = run_grid(plan.grid, args.device, threads, plan.seconds / 20, plan.min_rounds)
         write_csv(output / "grid.csv", rows)
-    console.print(f"{time.monotonic() - start:.0f} s. CSV files and plots: {os.path.relpath(output)}")
+    drawn = "CSV files and plots" if HAS_MATPLOTLIB else "CSV files, no plots since matplotlib is not installed"
+    say(f"{time.monotonic() - start:.0f} s. {drawn}: {os.path.relpath(output)}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from itertools import product
 
 import torch
 from cases import Case, candidates
-from report import Row, console, print_table, timing_rows
-from rich.progress import track
+from report import Row, timing_rows
+from terminal import print_table, track
 from timing import measure
 
 MATRICES = {1: (1, 1), 1000: (10, 100), 1 << 16: (256, 256), 1 << 20: (1024, 1024), 1 << 24: (4096, 4096)}
@@ -55,7 +55,7 @@ class Grid:
 def run_grid(grid: Grid, device: str, threads: Sequence[int], seconds: float, min_rounds: int) -> list[Row]:
     """Measures every cell. One that looks close is measured again for longer, and that figure counts."""
     rows: list[Row] = []
-    for case in track(list(grid.cases(device, threads)), "grid", console=console):
+    for case in track(list(grid.cases(device, threads)), "grid"):
         torch.set_num_threads(case.threads)
         runs = candidates(case, ("native", "ours"))
         timings = measure(runs, seconds, min_rounds)

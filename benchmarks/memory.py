@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from cases import Case
 from processes import in_fresh_process, peak_memory
-from report import Row, case_row, print_table
+from report import Row, case_row
+from terminal import print_table
 
 
 def run_memory(cases: Sequence[Case], implementations: Sequence[str]) -> list[Row]:

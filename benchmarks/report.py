@@ -1,27 +1,22 @@
-"""What comes out: rows, tables on the terminal, CSV files."""
+"""What comes out: rows and CSV files."""
 
 from __future__ import annotations
 
 import csv
 import os
 import platform
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Case
-from rich.console import Console
-from rich.table import Table
 from timing import Timing
 
 import bce_ext
 
 Row = dict[str, Any]  # a line of a CSV file
-
-console = Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False)
 
 
 def case_row(case: Case, implementation: str) -> Row:
@@ -68,18 +63,3 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if column and i else "left")
-    for row in rows:
-        table.add_row(*map(_format, row))
-    console.print(table)
-
-
-def _format(cell: object) -> str:
-    if cell is None:
-        return ""
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)

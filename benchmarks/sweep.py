@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cases import IMPLEMENTATIONS, Case, candidates
-from report import Row, console, print_table, timing_rows
-from rich.progress import track
+from report import Row, timing_rows
+from terminal import print_table, track
 from timing import Timing, measure
 
 MODES = ("full", "forward", "backward", "inference")
@@ -20,7 +20,7 @@ def run_sweep(
     rows: list[Row] = []
     for case in cases:
         by_cell: dict[tuple[str, int], list[Row]] = {}
-        for exponent in track(exponents, f"sweep: {case.dtype}, weights {case.weights}", console=console):
+        for exponent in track(exponents, f"sweep: {case.dtype}, weights {case.weights}"):
             for mode in MODES:
                 cell = replace(case, shape=(1 << exponent // 2, 1 << exponent - exponent // 2), mode=mode)
                 # Under no_grad it would have to be compiled once more, to show what forward shows already.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from cases import Case, candidates
 from processes import busy_core, in_fresh_process, peak_memory, timings_and_page_faults
-from report import Row, case_row, console, print_table
-from rich.progress import track
+from report import Row, case_row
+from terminal import print_table, track
 from timing import Timing, measure
 
 
@@ -70,7 +70,7 @@ BUSY = (Case((1024, 1024)), (Target("native", None), Target("compile", None)))
 
 def check_targets(threads: int, seconds: float) -> list[Row]:
     count = sum(len(targets) for *_, targets in TIMES) + 1 + len(MEMORY) + len(BUSY[1])
-    outcomes = list(track(_outcomes(threads, seconds), "targets", count, console=console))
+    outcomes = list(track(_outcomes(threads, seconds), "targets", count))
     print_table(
         f"Targets, {threads} threads: medians [20 %, 80 % quantiles]",
         ("case", "against", "ours", "theirs", "ratio", "required", "reached"),

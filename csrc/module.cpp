@@ -123,7 +123,8 @@ py::object binary_cross_entropy(py::handle input, py::handle target, py::handle 
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Free-threaded Pythons need no lock here: statics are initialized once, and no object is shared between calls.
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "What the binary of bce_ext was built with, and a short way to its operators.";
   module.def("binary_cross_entropy_with_logits", torch::wrap_pybind_function(binary_cross_entropy_with_logits));
   module.def("binary_cross_entropy", torch::wrap_pybind_function(binary_cross_entropy));

@@ -3,7 +3,7 @@
 No GPU is needed. Fails unless every kernel keeps out of local memory (no stack, no spills), every vector kernel moves
 16 bytes in one access, and every internal operator with a kernel for the CPU has one for CUDA. Prints the registers and
 the theoretical occupancy of every kernel and the instructions that the machine executes per element, as the table that
-docs/cuda.md shows; ``--write`` puts it into that page.
+docs/cuda-tables.md shows; ``--write`` puts it into that page.
 """
 
 import argparse

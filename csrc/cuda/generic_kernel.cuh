@@ -9,19 +9,20 @@ namespace cuda {
 constexpr int kGenericUnroll = 8;  // elements of a thread whose losses are summed in the type computed in
 constexpr int64_t kGenericTile = kThreads * kGenericUnroll;
 
-template <typename C>
+template <typename Formula, typename C>
 struct GenericArguments {
-  explicit GenericArguments(const Problem& problem) : problem(problem), numbers(problem) {}
+  explicit GenericArguments(const Problem& problem) : problem(problem), formula(problem.parameters), numbers(problem) {}
 
   Problem problem;
+  Formula formula;
   Numbers<C> numbers;
   Divider sizes[kMaxDims];
   double* partials = nullptr;
 };
 
 // The offset of element `index` of the walk in a Strided operand.
-template <typename C>
-__device__ __forceinline__ int64_t strided_offset(const Operand& operand, const GenericArguments<C>& arguments,
+template <typename Formula, typename C>
+__device__ __forceinline__ int64_t strided_offset(const Operand& operand, const GenericArguments<Formula, C>& arguments,
                                                   int64_t index) {
   int64_t offset = 0;
   for (int d = arguments.problem.ndim - 1; d >= 0; --d) {
@@ -32,8 +33,9 @@ __device__ __forceinline__ int64_t strided_offset(const Operand& operand, const 
   return offset;
 }
 
-template <typename C>
-__device__ __forceinline__ C read(const Operand& operand, const GenericArguments<C>& arguments, int64_t index) {
+template <typename C, typename Formula>
+__device__ __forceinline__ C read(const Operand& operand, const GenericArguments<Formula, C>& arguments,
+                                  int64_t index) {
   if (operand.layout == Layout::Absent) {
     return C(1);
   }
@@ -46,8 +48,8 @@ __device__ __forceinline__ C read(const Operand& operand, const GenericArguments
 }
 
 template <typename Formula, typename C>
-__device__ __forceinline__ C generic_element(const Formula& formula, const GenericArguments<C>& arguments, C scale,
-                                             int64_t index, bool& in_range) {
+__device__ __forceinline__ C generic_element(const GenericArguments<Formula, C>& arguments, C scale, int64_t index,
+                                             bool& in_range) {
   const Problem& problem = arguments.problem;
   const C x = read<C>(problem.input, arguments, index);
   const C y = read<C>(problem.target, arguments, index);
@@ -55,7 +57,8 @@ __device__ __forceinline__ C generic_element(const Formula& formula, const Gener
   const C p = read<C>(problem.pos_weight, arguments, index);
   in_range &= is_in_range<Formula, /*kHardLabels=*/false>(x, y, arguments.numbers) &&
               (!problem.hard_labels || is_in_range<WithLogits<C>, /*kHardLabels=*/true>(x, y, arguments.numbers));
-  const Terms<C> terms = evaluate_by_rule(formula, arguments.numbers.rule, x, y, w, p, scale, formula.first_stage(x));
+  const Terms<C> terms =
+      evaluate_by_rule(arguments.formula, arguments.numbers.rule, x, y, w, p, scale, arguments.formula.first_stage(x));
   if (problem.loss.data != nullptr) {
     store_element(problem.loss, index, terms.loss);
   }
@@ -70,8 +73,7 @@ __device__ __forceinline__ C generic_element(const Formula& formula, const Gener
 
 // Three blocks per SM leave every thread the 80 registers that keep this out of local memory.
 template <typename Formula, typename C>
-__global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArguments<C> arguments) {
-  const Formula formula(arguments.numbers.parameters);
+__global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArguments<Formula, C> arguments) {
   const C scale = arguments.numbers.full_scale();
   const int64_t numel = arguments.problem.numel;
   double sum = 0;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArgum
     for (int u = 0; u < kGenericUnroll; ++u) {
       const int64_t index = tile * kGenericTile + u * kThreads + threadIdx.x;
       if (index < numel) {
-        tile_sum += generic_element(formula, arguments, scale, index, in_range);
+        tile_sum += generic_element(arguments, scale, index, in_range);
       }
     }
     sum += tile_sum;

@@ -106,7 +106,7 @@ template <typename Formula, typename Input, typename Target, bool kWeighted, typ
 int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   using C = compute_t<Input>;
   constexpr int N = kVectorSize<Input, Target, kWeighted>;
-  VectorArguments<C> arguments(problem);
+  VectorArguments<Formula, C> arguments(problem);
   if (!make_factor<Input, N>(problem.weight, problem, arguments.weight) ||
       !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight) ||
       !make_factor<Input, N>(problem.grad_output, problem, arguments.grad_output)) {
@@ -137,8 +137,11 @@ int64_t try_types(const Problem& problem, double* partials, int64_t max_blocks, 
   using Instance = Formula<compute_t<Input>>;
   const bool weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
                         problem.grad_output.layout != Layout::Absent || problem.adjusts_target();
-  return weighted ? try_vector_kernel<Instance, Input, Target, true>(problem, partials, max_blocks, launch)
-                  : try_vector_kernel<Instance, Input, Target, false>(problem, partials, max_blocks, launch);
+  // A formula that does more has no kernel without weights: reading none is little beside it.
+  if constexpr (Instance::kJoinsLogarithms || Instance::kTakesProbabilities) {
+    if (!weighted) return try_vector_kernel<Instance, Input, Target, false>(problem, partials, max_blocks, launch);
+  }
+  return try_vector_kernel<Instance, Input, Target, true>(problem, partials, max_blocks, launch);
 }
 
 template <template <typename> typename Formula, typename Input, typename... Targets, typename Launch>
@@ -172,7 +175,7 @@ int64_t launch_generic_kernel(const Problem& problem, double* partials, int64_t 
   const int64_t blocks = num_blocks(problem.numel, kGenericTile, max_blocks);
   const auto launch_typed = [&](auto zero) {
     using C = decltype(zero);
-    GenericArguments<C> arguments(problem);
+    GenericArguments<Formula<C>, C> arguments(problem);
     arguments.partials = partials;
     for (int d = 0; d < problem.ndim; ++d) {
       arguments.sizes[d] = Divider(problem.sizes[d]);
@@ -196,6 +199,20 @@ int64_t launch_pass(const Problem& problem, double* partials, int64_t max_blocks
   return blocks >= 0 ? blocks : launch_generic_kernel<Formula>(problem, partials, max_blocks, launch);
 }
 
+template <typename Launch>
+int64_t launch_formula(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  switch (problem.formula) {
+    case Formula::Probabilities:
+      return launch_pass<Probabilities>(problem, partials, max_blocks, launch);
+    case Formula::Focal:
+      return launch_pass<Focal>(problem, partials, max_blocks, launch);
+    case Formula::Asymmetric:
+      return launch_pass<Asymmetric>(problem, partials, max_blocks, launch);
+    default:
+      return launch_pass<WithLogits>(problem, partials, max_blocks, launch);
+  }
+}
+
 // The partial sums that a problem can have at most: the smallest tile is that of vectors of two elements.
 inline int64_t max_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
   return num_blocks(numel, kTile<double, double, true>, max_blocks);
@@ -209,9 +226,7 @@ void solve(const Problem& problem, double* partials, const Output& total, const 
   if (!problem.reduce) {
     partials = nullptr;
   }
-  const int64_t blocks = problem.formula == Formula::WithLogits
-                             ? launch_pass<WithLogits>(problem, partials, max_blocks, launch)
-                             : launch_pass<Probabilities>(problem, partials, max_blocks, launch);
+  const int64_t blocks = launch_formula(problem, partials, max_blocks, launch);
   if (problem.reduce) {
     launch(final_sum_kernel, 1, kSumThreads, partials, blocks, problem.divisor, problem.normalizer, total);
   }

@@ -22,9 +22,7 @@ struct Numbers {
       : normalizer(problem.normalizer.data),
         normalizer_dtype(problem.normalizer.dtype),
         scale(static_cast<C>(1.0 / problem.divisor)),
-        rule(problem) {
-    std::copy_n(problem.parameters, kMaxParameters, parameters);
-  }
+        rule(problem) {}
 
   // Of the gradients.
   __device__ __forceinline__ C full_scale() const {
@@ -35,13 +33,13 @@ struct Numbers {
   Dtype normalizer_dtype;
   C scale;
   TargetRule<C> rule;
-  double parameters[kMaxParameters];
 };
 
-template <typename C>
+template <typename Formula, typename C>
 struct VectorArguments {
-  explicit VectorArguments(const Problem& problem) : numbers(problem) {}
+  explicit VectorArguments(const Problem& problem) : formula(problem.parameters), numbers(problem) {}
 
+  Formula formula;
   Numbers<C> numbers;
   const void* input = nullptr;
   const void* target = nullptr;
@@ -83,9 +81,8 @@ class TilePass {
   using C = compute_t<Input>;
   static constexpr int N = kVectorSize<Input, Target, kWeighted>;
 
-  __device__ __forceinline__ explicit TilePass(const VectorArguments<C>& arguments)
+  __device__ __forceinline__ explicit TilePass(const VectorArguments<Formula, C>& arguments)
       : arguments_(arguments),
-        formula_(arguments.numbers.parameters),
         scale_(arguments.numbers.full_scale()),
         weight_(kWeighted ? constant_value<C>(arguments.weight) * constant_value<C>(arguments.grad_output) : C(1)),
         pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
@@ -148,9 +145,10 @@ class TilePass {
   __device__ __forceinline__ Terms<C> evaluate(C x, C y, C w, C p) {
     in_range_ &= is_in_range<Formula, std::is_integral_v<Target>>(x, y, arguments_.numbers);
     if constexpr (kWeighted) {
-      return evaluate_by_rule(formula_, arguments_.numbers.rule, x, y, w, p, scale_, formula_.first_stage(x));
+      return evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, w, p, scale_,
+                              arguments_.formula.first_stage(x));
     } else {
-      return formula_.evaluate(x, y, One{}, One{}, scale_, formula_.first_stage(x));
+      return arguments_.formula.evaluate(x, y, One{}, One{}, scale_, arguments_.formula.first_stage(x));
     }
   }
 
@@ -174,15 +172,14 @@ class TilePass {
     }
   }
 
-  const VectorArguments<C>& arguments_;
-  const Formula formula_;
+  const VectorArguments<Formula, C>& arguments_;
   const C scale_;                // of the gradients
   const C weight_, pos_weight_;  // the constant parts
   bool in_range_ = true;
 };
 
 template <typename Formula, typename Input, typename Target, bool kWeighted>
-__global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<compute_t<Input>> arguments) {
+__global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<Formula, compute_t<Input>> arguments) {
   using Pass = TilePass<Formula, Input, Target, kWeighted>;
   constexpr int64_t kSize = kTile<Input, Target, kWeighted>;
   Pass pass(arguments);

@@ -10,14 +10,20 @@ using namespace bce_ext;
 
 namespace {
 
+constexpr bool is_generic(const void*) { return false; }
+
+template <typename Formula, typename C>
+constexpr bool is_generic(const cuda::GenericArguments<Formula, C>*) {
+  return true;
+}
+
 struct ShimLauncher {
   shim::Schedule schedule;
   bool* vectorized;
 
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    constexpr bool kIsGeneric = (std::is_same_v<std::decay_t<Parameters>, cuda::GenericArguments<float>> || ...) ||
-                                (std::is_same_v<std::decay_t<Parameters>, cuda::GenericArguments<double>> || ...);
+    constexpr bool kIsGeneric = (is_generic(static_cast<std::decay_t<Parameters>*>(nullptr)) || ...);
     *vectorized &= !kIsGeneric;
     shim::machine.launch(blocks, threads, schedule, [&] { kernel(arguments...); });
   }

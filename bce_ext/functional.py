@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bce_ext import _C
 
@@ -64,28 +67,18 @@ def binary_cross_entropy_with_logits(
         >>> binary_cross_entropy_with_logits(output, target, pos_weight=pos_weight)  # -log(sigmoid(1.5))
         tensor(0.2014)
     """
-    if size_average is not None or reduce is not None:
-        reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
-    else:
-        reduction_enum = _Reduction.get_enum(reduction)
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if has_torch_function_variadic(input, target, weight, pos_weight):
-            return handle_torch_function(
-                binary_cross_entropy_with_logits,
-                (input, target, weight, pos_weight),
-                input,
-                target,
-                weight=weight,
-                size_average=size_average,
-                reduce=reduce,
-                reduction=reduction,
-                pos_weight=pos_weight,
-            )
-        if not torch.compiler.is_dynamo_compiling():
-            return _C.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
-        weight = _as_tensor(weight)
-        pos_weight = _as_tensor(pos_weight)
-    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)  # type: ignore[no-any-return]
+        return _call(
+            binary_cross_entropy_with_logits,
+            "binary_cross_entropy_with_logits",
+            input,
+            target,
+            {"weight": weight, "pos_weight": pos_weight},
+            reduction,
+            {"size_average": size_average, "reduce": reduce},
+        )
+    number = _reduction_number(reduction, size_average, reduce)
+    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, number)  # type: ignore[no-any-return]
 
 
 def binary_cross_entropy(
@@ -135,28 +128,55 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(input, torch.tensor([0, 1]))  # -log(0.75)
         tensor(0.2877)
     """
-    if size_average is not None or reduce is not None:
-        reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
-    else:
-        reduction_enum = _Reduction.get_enum(reduction)
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if has_torch_function_variadic(input, target, weight):
-            return handle_torch_function(
-                binary_cross_entropy,
-                (input, target, weight),
-                input,
-                target,
-                weight=weight,
-                size_average=size_average,
-                reduce=reduce,
-                reduction=reduction,
-            )
-        if not torch.compiler.is_dynamo_compiling():
-            return _C.binary_cross_entropy(input, target, weight, reduction_enum)
-        weight = _as_tensor(weight)
-    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, reduction_enum)  # type: ignore[no-any-return]
+        return _call(
+            binary_cross_entropy,
+            "binary_cross_entropy",
+            input,
+            target,
+            {"weight": weight},
+            reduction,
+            {"size_average": size_average, "reduce": reduce},
+        )
+    number = _reduction_number(reduction, size_average, reduce)
+    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, number)  # type: ignore[no-any-return]
+
+
+def _call(
+    function: Callable[..., Tensor],
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    operands: dict[str, Any],
+    reduction: str,
+    deprecated: dict[str, bool | None],
+) -> Tensor:
+    """What every loss does with its arguments, outside of TorchScript.
+
+    Args:
+        function: the public function, which a ``__torch_function__`` is told of.
+        name: of the operator.
+        operands: by the names and in the order that both the operator and the public function have for them.
+        deprecated: ``size_average`` and ``reduce``, where the public function has them.
+    """
+    tensors = (input, target, *operands.values())
+    if has_torch_function(tensors):
+        return handle_torch_function(function, tensors, input, target, **operands, **deprecated, reduction=reduction)
+    number = _reduction_number(reduction, **deprecated)
+    if torch.compiler.is_dynamo_compiling():
+        weights = {key: _as_tensor(value) for key, value in operands.items()}
+        return getattr(torch.ops.bce_ext, name)(input, target, **weights, reduction=number)
+    return getattr(_C, name)(input, target, *operands.values(), number)
+
+
+def _reduction_number(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
+    if size_average is not None or reduce is not None:
+        return _Reduction.legacy_get_enum(size_average, reduce)
+    return _Reduction.get_enum(reduction)
 
 
 def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
-    """A number becomes a 0-d tensor, which broadcasts and goes with any device."""
-    return torch.scalar_tensor(weight, dtype=torch.float64) if isinstance(weight, (int, float)) else weight
+    """A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device."""
+    if isinstance(weight, (int, float)):
+        return torch.scalar_tensor(weight, dtype=torch.float64, device="cpu")
+    return weight

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import CodeType, FunctionType
-from typing import cast
+from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function
 
-__all__ = ["disable", "enable", "fused"]
+from bce_ext import functional
+
+__all__ = ["disable", "enable", "fused", "is_enabled"]
 
 
 def enable() -> None:
@@ -23,10 +27,11 @@ def enable() -> None:
     torch earlier, third-party code, all threads. Compiled code is recompiled. Enabling twice is the same as enabling once.
 
     Note:
-        The two function objects stay what they are; only the code that they run is exchanged, which is atomic: a call that another thread is in the middle
-        of ends as it began. What does not run the code of these functions is not routed: direct calls of ``torch.binary_cross_entropy_with_logits`` or
-        ``torch.ops.aten``, programs in TorchScript (``torch.jit.trace`` records the fused operators, ``torch.jit.script`` native ones), exported and
-        serialized programs. May be called from any thread.
+        The two function objects stay what they are, so that they pickle as torch's own; only the code that they run is exchanged, which is atomic: a call
+        that another thread is in the middle of ends as it began. What does not run the code of these functions is not routed: direct calls of
+        ``torch.binary_cross_entropy_with_logits`` or ``torch.ops.aten``, programs in TorchScript (``torch.jit.trace`` records the fused operators,
+        ``torch.jit.script`` native ones), exported and serialized programs. A wrapper that somebody put into the place of a function stays, and what it
+        calls is routed. May be called from any thread.
 
     Example::
 
@@ -35,7 +40,7 @@ def enable() -> None:
         tensor(2.0612e-09)
         >>> bce_ext.disable()
     """
-    _ROUTE.set_enabled(True)
+    ROUTE.set_enabled(True)
 
 
 def disable() -> None:
@@ -47,7 +52,19 @@ def disable() -> None:
         >>> torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(0.)
     """
-    _ROUTE.set_enabled(False)
+    ROUTE.set_enabled(False)
+
+
+def is_enabled() -> bool:
+    """Whether torch's own binary cross entropy uses the fused one: after :func:`enable`, or while any thread is in a :func:`fused` block.
+
+    Example::
+
+        >>> with bce_ext.fused():
+        ...     bce_ext.is_enabled()
+        True
+    """
+    return ROUTE.on
 
 
 @contextmanager
@@ -63,14 +80,113 @@ def fused() -> Iterator[None]:
         ...     torch.nn.BCEWithLogitsLoss()(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(2.0612e-09)
     """
-    _ROUTE.add_blocks(1)
+    ROUTE.add_blocks(1)
     try:
         yield
     finally:
-        _ROUTE.add_blocks(-1)
+        ROUTE.add_blocks(-1)
 
 
-def _fused_with_logits(
+class _Route:
+    """Whether torch's functions are routed, and the switches that do it. While they are, torch.nn.functional holds it, so that a reloaded bce_ext finds it."""
+
+    KEY = "_bce_ext_route"
+
+    def __init__(self) -> None:
+        self.with_logits = _Routed("binary_cross_entropy_with_logits", _with_logits)
+        self.probabilities = _Routed("binary_cross_entropy", _probabilities)
+        self.switches = (self.with_logits, self.probabilities, _Inlined(self.with_logits, self.probabilities))
+        self.lock = Lock()
+        self.enabled = False
+        self.blocks = 0
+        self.on = False
+
+    def set_enabled(self, enabled: bool) -> None:
+        with self.lock:
+            self.update(enabled, self.blocks)
+
+    def add_blocks(self, count: int) -> None:
+        with self.lock:
+            self.update(self.enabled, self.blocks + count)
+
+    def update(self, enabled: bool, blocks: int) -> None:
+        on = enabled or blocks > 0
+        if on != self.on:
+            with ExitStack() as undo:  # all of them, or none
+                for each in self.switches:
+                    undo.callback(each.switch, self.on)
+                    each.switch(on)
+                undo.pop_all()
+            if on:
+                setattr(F, self.KEY, self)
+            else:
+                delattr(F, self.KEY)
+        self.enabled, self.blocks, self.on = enabled, blocks, on
+
+
+class _Routed:
+    """One function of torch, and the code that stands in for its own."""
+
+    def __init__(self, name: str, stand_in: Callable[..., Tensor]) -> None:
+        self.name = name
+        self.fused = getattr(functional, name)
+        self.function = _as_torch_defined_it(name)
+        if self.function is None:
+            return
+        self.own_code = self.function.__code__
+        self.native = FunctionType(self.own_code, vars(F), name, self.function.__defaults__)
+        # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
+        self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
+            co_name=self.own_code.co_name,
+            co_filename=self.own_code.co_filename,
+            co_firstlineno=self.own_code.co_firstlineno,
+        )
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        # Native code reports torch's own function to a __torch_function__, and does no more than that.
+        return (self.native if has_torch_function(arguments) else self.fused)(*arguments)
+
+    def switch(self, on: bool) -> None:
+        if self.function is not None:
+            self.function.__code__ = self.code if on else self.own_code
+        elif on:
+            message = f"torch.nn.functional.{self.name} was replaced before bce_ext was imported, and is not routed"
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+class _Inlined:
+    """torch.compile keeps torch's functions as nodes of its graphs, which its cache on disk knows by their names alone. While on, it looks into them."""
+
+    def __init__(self, *routed: _Routed) -> None:
+        self.routed = routed
+        self.rules: dict[Any, Any] = {}
+
+    def switch(self, on: bool) -> None:
+        try:
+            from torch._dynamo.trace_rules import get_torch_obj_rule_map
+        except ImportError:  # a torch that cannot compile
+            return
+        if on:
+            functions = {each.function for each in self.routed} | {getattr(F, each.name) for each in self.routed}
+            self.rules = {f: rule for f in functions if (rule := get_torch_obj_rule_map().pop(f, None)) is not None}
+        else:
+            get_torch_obj_rule_map().update(self.rules)
+
+
+def _as_torch_defined_it(name: str) -> FunctionType | None:
+    """The function whose globals are torch.nn.functional, also when somebody put something else into its place."""
+
+    def is_it(candidate: object) -> bool:
+        return isinstance(candidate, FunctionType) and candidate.__globals__ is vars(F) and candidate.__name__ == name
+
+    function = getattr(F, name)
+    return function if is_it(function) else next(filter(is_it, gc.get_referrers(vars(F))), None)
+
+
+# What stands in for the codes of torch's functions. It runs with the globals of torch.nn.functional.
+
+
+def _with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -79,27 +195,12 @@ def _fused_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    # Runs with the globals of torch.nn.functional: a __torch_function__ sees torch's function, whose name this is there.
-    if has_torch_function_variadic(input, target, weight, pos_weight):
-        return handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-        )
     import bce_ext
 
-    return bce_ext.functional.binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight
-    )
+    return bce_ext.override.ROUTE.with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
 
 
-def _fused(
+def _probabilities(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -107,67 +208,9 @@ def _fused(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            binary_cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-        )
     import bce_ext
 
-    return bce_ext.functional.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    return bce_ext.override.ROUTE.probabilities(input, target, weight, size_average, reduce, reduction)
 
 
-class _Routed:
-    """One function of torch, its own code and the code that stands in for it."""
-
-    def __init__(self, function: Callable[..., Tensor], stand_in: Callable[..., Tensor]) -> None:
-        self.function = cast(FunctionType, function)
-        self.own_code = self.function.__code__
-        self.own_module = self.function.__module__
-        # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
-        self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
-            co_name=self.own_code.co_name,
-            co_filename=self.own_code.co_filename,
-            co_firstlineno=self.own_code.co_firstlineno,
-        )
-
-    def switch(self, on: bool) -> None:
-        self.function.__code__ = self.code if on else self.own_code
-        # torch.compile guards on __code__, but keeps the function as one node of the graph, and its cache on disk knows functions of torch.nn.functional
-        # by their name alone. From another module, it asks and fills that cache no more.
-        self.function.__module__ = __name__ if on else self.own_module
-
-
-class _Route:
-    def __init__(self, *routed: _Routed) -> None:
-        self.routed = routed
-        self.lock = Lock()
-        self.enabled = False
-        self.blocks = 0
-        self.on = False
-
-    def set_enabled(self, enabled: bool) -> None:
-        with self.lock:
-            self.enabled = enabled
-            self.update()
-
-    def add_blocks(self, count: int) -> None:
-        with self.lock:
-            self.blocks += count
-            self.update()
-
-    def update(self) -> None:
-        on = self.enabled or self.blocks > 0
-        if on != self.on:
-            for each in self.routed:
-                each.switch(on)
-            self.on = on
-
-
-_ROUTE = _Route(_Routed(binary_cross_entropy_with_logits, _fused_with_logits), _Routed(binary_cross_entropy, _fused))
+ROUTE: _Route = getattr(F, _Route.KEY, None) or _Route()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -67,16 +69,8 @@ def binary_cross_entropy_with_logits(
         >>> binary_cross_entropy_with_logits(output, target, pos_weight=pos_weight)  # -log(sigmoid(1.5))
         tensor(0.2014)
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return _call(
-            binary_cross_entropy_with_logits,
-            "binary_cross_entropy_with_logits",
-            input,
-            target,
-            {"weight": weight, "pos_weight": pos_weight},
-            reduction,
-            {"size_average": size_average, "reduce": reduce},
-        )
+    if not is_scripting():
+        return _call(_WITH_LOGITS, (input, target, weight, pos_weight), reduction, size_average, reduce)
     number = _reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, number)  # type: ignore[no-any-return]
 
@@ -128,45 +122,44 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(input, torch.tensor([0, 1]))  # -log(0.75)
         tensor(0.2877)
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return _call(
-            binary_cross_entropy,
-            "binary_cross_entropy",
-            input,
-            target,
-            {"weight": weight},
-            reduction,
-            {"size_average": size_average, "reduce": reduce},
-        )
+    if not is_scripting():
+        return _call(_PROBABILITIES, (input, target, weight), reduction, size_average, reduce)
     number = _reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, number)  # type: ignore[no-any-return]
 
 
-def _call(
-    function: Callable[..., Tensor],
-    name: str,
-    input: Tensor,
-    target: Tensor,
-    operands: dict[str, Any],
-    reduction: str,
-    deprecated: dict[str, bool | None],
-) -> Tensor:
-    """What every loss does with its arguments, outside of TorchScript.
+class _Loss(NamedTuple):
+    """The public function, its operator for compilers, a short way to that operator, and how both call their operands behind input and target."""
 
-    Args:
-        function: the public function, which a ``__torch_function__`` is told of.
-        name: of the operator.
-        operands: by the names and in the order that both the operator and the public function have for them.
-        deprecated: ``size_average`` and ``reduce``, where the public function has them.
-    """
-    tensors = (input, target, *operands.values())
-    if has_torch_function(tensors):
-        return handle_torch_function(function, tensors, input, target, **operands, **deprecated, reduction=reduction)
-    number = _reduction_number(reduction, **deprecated)
-    if torch.compiler.is_dynamo_compiling():
-        weights = {key: _as_tensor(value) for key, value in operands.items()}
-        return getattr(torch.ops.bce_ext, name)(input, target, **weights, reduction=number)
-    return getattr(_C, name)(input, target, *operands.values(), number)
+    function: Callable[..., Tensor]
+    operator: Callable[..., Tensor]
+    short_way: Callable[..., Tensor]
+    names: tuple[str, ...]
+
+
+def _loss(function: Callable[..., Tensor], *names: str) -> _Loss:
+    name = function.__name__
+    return _Loss(function, getattr(torch.ops.bce_ext, name), getattr(_C, name), names)
+
+
+_WITH_LOGITS = _loss(binary_cross_entropy_with_logits, "weight", "pos_weight")
+_PROBABILITIES = _loss(binary_cross_entropy, "weight")
+
+
+def _call(
+    loss: _Loss, operands: tuple[Any, ...], reduction: str, size_average: bool | None = None, reduce: bool | None = None
+) -> Tensor:
+    """What every loss does with its arguments, outside of TorchScript."""
+    if has_torch_function(operands):
+        input, target, *rest = operands
+        options = dict(zip(loss.names, rest, strict=True), reduction=reduction)
+        deprecated = {"size_average": size_average, "reduce": reduce}
+        options.update({name: value for name, value in deprecated.items() if value is not None})
+        return handle_torch_function(loss.function, operands, input, target, **options)
+    number = _reduction_number(reduction, size_average, reduce)
+    if is_dynamo_compiling():
+        return loss.operator(*operands[:2], *map(_as_tensor, operands[2:]), number)
+    return loss.short_way(*operands, number)
 
 
 def _reduction_number(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:

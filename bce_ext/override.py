@@ -129,12 +129,12 @@ class _Routed:
 
     def __init__(self, name: str, stand_in: Callable[..., Tensor]) -> None:
         self.name = name
-        self.fused = getattr(functional, name)
+        self.fused: Callable[..., Tensor] = getattr(functional, name)
         self.function = _as_torch_defined_it(name)
         if self.function is None:
             return
         self.own_code = self.function.__code__
-        self.native = FunctionType(self.own_code, vars(F), name, self.function.__defaults__)
+        self.native: Callable[..., Tensor] = FunctionType(self.own_code, vars(F), name, self.function.__defaults__)
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
             co_name=self.own_code.co_name,
@@ -144,7 +144,7 @@ class _Routed:
 
     def __call__(self, *arguments: Any) -> Tensor:
         # Native code reports torch's own function to a __torch_function__, and does no more than that.
-        return (self.native if has_torch_function(arguments) else self.fused)(*arguments)
+        return self.native(*arguments) if has_torch_function(arguments) else self.fused(*arguments)
 
     def switch(self, on: bool) -> None:
         if self.function is not None:

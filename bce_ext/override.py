@@ -134,7 +134,9 @@ class _Routed:
         if self.function is None:
             return
         self.own_code = self.function.__code__
-        self.native: Callable[..., Tensor] = FunctionType(self.own_code, vars(F), name, self.function.__defaults__)
+        self.native: Callable[..., Tensor] = FunctionType(
+            self.own_code, vars(F), f"native_{name}", self.function.__defaults__
+        )
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
             co_name=self.own_code.co_name,

@@ -165,14 +165,19 @@ class _Inlined:
 
     def switch(self, on: bool) -> None:
         try:
+            import torch._dynamo
             from torch._dynamo.trace_rules import get_torch_obj_rule_map
         except ImportError:  # a torch that cannot compile
             return
-        if on:
-            functions = {each.function for each in self.routed} | {getattr(F, each.name) for each in self.routed}
-            self.rules = {f: rule for f in functions if (rule := get_torch_obj_rule_map().pop(f, None)) is not None}
-        else:
-            get_torch_obj_rule_map().update(self.rules)
+        rules = get_torch_obj_rule_map()
+        if not on:
+            rules.update(self.rules)
+            return
+        self.rules = {each.function: rules.pop(each.function) for each in self.routed if each.function in rules}
+        wrappers = {getattr(F, each.name) for each in self.routed} & rules.keys()
+        if wrappers:  # compiled code has no guard on what these call
+            self.rules.update({wrapper: rules.pop(wrapper) for wrapper in wrappers})
+            torch._dynamo.reset()
 
 
 def _as_torch_defined_it(name: str) -> FunctionType | None:

@@ -280,10 +280,10 @@ class Callee:
         return self.function(*args, **kwargs)
 
 
-def closure(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def closure(function: Callable[..., Tensor], factor: float = 1.0) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-        return function(*args, **kwargs)
+        return function(*args, **kwargs) * factor
 
     return wrapper
 
@@ -383,27 +383,26 @@ def test_compiled_code_follows(subject: str) -> None:
     torch._dynamo.reset()
 
 
-def test_compiled_wrappers_follow() -> None:
-    """Of a function that somebody wrapped, before torch.compile was used first and while it was routed; of a transform."""
-    twice = closure(lambda *args, **kwargs: 2 * imported_early_with_logits(*args, **kwargs))
-    twice.__name__, twice.__module__ = imported_early_with_logits.__name__, F.__name__  # what functools.wraps does
-    get_torch_obj_rule_map.cache_clear()
-    with unittest.mock.patch.object(F, "binary_cross_entropy_with_logits", twice):
-        rules = dict(get_torch_obj_rule_map())
-        with bce_ext.fused():
-            decorated = functools.wraps(imported_early_with_logits)(lambda *args: 3 * imported_early_with_logits(*args))
-            batched = torch.func.vmap(imported_early_with_logits)
-        torch._dynamo.reset()
-        for callee in (lambda x, y: F.binary_cross_entropy_with_logits(x, y), decorated, batched):
-            arguments = tuple(t.expand(4, 1) for t in TAIL) if callee is batched else TAIL
-            compiled = torch.compile(callee, fullgraph=True, backend="aot_eager")
-            for on in (False, True, False, True):
-                (bce_ext.enable if on else bce_ext.disable)()
-                torch.testing.assert_close(compiled(*arguments), callee(*arguments), rtol=0, atol=0)
-                assert bool((compiled(*arguments) > 0).all()) == on
-        bce_ext.disable()
-        assert get_torch_obj_rule_map() == rules
-    get_torch_obj_rule_map.cache_clear()
+def test_compiled_wrappers_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper that Dynamo takes for torch's function, as it does when it is there first; one that is made while routed; a transform."""
+    torch._dynamo.reset()
+    native = imported_early_with_logits
+    in_its_place = closure(native, 2.0)
+    rules = get_torch_obj_rule_map()
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", in_its_place)
+    monkeypatch.setitem(rules, in_its_place, rules[native])
+    monkeypatch.delitem(rules, native)
+    with bce_ext.fused():
+        made_while_routed = closure(native, 3.0)
+        batched = torch.func.vmap(native)
+    for callee in (lambda *args: F.binary_cross_entropy_with_logits(*args), made_while_routed, batched):
+        arguments = tuple(t.expand(4, 1) for t in TAIL) if callee is batched else TAIL
+        compiled = torch.compile(callee, fullgraph=True, backend="aot_eager")
+        for on in (False, True, False, True):
+            (bce_ext.enable if on else bce_ext.disable)()
+            torch.testing.assert_close(compiled(*arguments), callee(*arguments), rtol=0, atol=0)
+            assert bool((callee(*arguments) > 0).all()) == on
+    bce_ext.disable()
     torch._dynamo.reset()
 
 

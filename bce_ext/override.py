@@ -31,7 +31,7 @@ def enable() -> None:
         that another thread is in the middle of ends as it began. What does not run the code of these functions is not routed: direct calls of
         ``torch.binary_cross_entropy_with_logits`` or ``torch.ops.aten``, programs in TorchScript (``torch.jit.trace`` records the fused operators,
         ``torch.jit.script`` native ones), exported and serialized programs. A wrapper that somebody put into the place of a function stays, and what it
-        calls is routed. May be called from any thread.
+        calls is routed. The first call imports ``torch._dynamo``, as the first optimizer of :mod:`torch.optim` does. May be called from any thread.
 
     Example::
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from callables import (
     Loss,
+    function,
     functional,
     module,
     operator,
@@ -18,7 +19,7 @@ from callables import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-WITH_LOGITS = (module, functional, operator)
+WITH_LOGITS = (module, functional, function, operator)
 PROBABILITIES = (probabilities_module, probabilities_functional, probabilities_operator)
 HALF = [torch.bfloat16, torch.float16]
 

@@ -159,6 +159,55 @@ def test_compile_of_func_grad(loss: Loss, device: str) -> None:
     torch.testing.assert_close(compiled(input, target), gradient_of(input, target))
 
 
+CALLS_OF_THE_FUNCTION: dict[str, Callable[..., Tensor]] = {
+    "defaults": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y),
+    "positional": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y, w, p, 0),
+    "some_keywords": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y, pos_weight=p, reduction=2),
+    "keywords": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(target=y, input=x, weight=w),
+    "aliased": lambda x, y, w, p, apply=bce_ext.BCEWithLogitsFunction.apply: apply(x, y, weight=w),
+}
+
+
+@pytest.mark.parametrize("weights_require_grad", [False, True], ids=["constant_weights", "weights_require_grad"])
+@pytest.mark.parametrize("call", CALLS_OF_THE_FUNCTION)
+def test_the_autograd_function(call: str, weights_require_grad: bool, device: str) -> None:
+    """All the ways to pass arguments, in one graph; the gradients are those of the functional."""
+    input, target, weights = make_batch(functional, 5, device, torch.float64)
+    tensors = [input.requires_grad_(), target.requires_grad_()]
+    tensors += [weight.requires_grad_(weights_require_grad) for weight in weights.values()]
+    function = CALLS_OF_THE_FUNCTION[call]
+    results = []
+    for each in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        loss = each(*tensors)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        results.append((loss, torch.autograd.grad(loss.square().sum(), wanted, materialize_grads=True)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("place", ["weight", "pos_weight", "probabilities"])
+@pytest.mark.parametrize("how", ["eager", "compile", "trace"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_numbers_as_weights(how: str, place: str, device: str) -> None:
+    """They are on the CPU, whatever the default device is, and so go with any device."""
+    loss = bce_ext.functional.binary_cross_entropy_with_logits
+    if place == "probabilities":
+        loss, place = bce_ext.functional.binary_cross_entropy, "weight"
+    input, target, _ = make_batch(probabilities_functional, 5, device)
+
+    def subject(input: Tensor, target: Tensor) -> Tensor:
+        return loss(input, target, **{place: 2.5}, reduction="sum")
+
+    expected = gradient(loss, input, target, **{place: torch.tensor(2.5)}, reduction="sum")
+    with torch.device("meta"):
+        match how:
+            case "compile":
+                subject = torch.compile(subject, fullgraph=True, backend="aot_eager")
+            case "trace":
+                subject = torch.jit.trace(subject, (input, target))
+        actual = gradient(subject, input, target)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 class Model(torch.nn.Module):
     """Logits in, three losses out."""
 

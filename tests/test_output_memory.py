@@ -138,8 +138,8 @@ def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
     "mib",
     [
         20,  # from the heap of the C library, which keeps some of what is freed
-        40,  # four of them: more than may be our own
-        160,  # nobody's while they wait
+        80,  # two of them: more than may be our own
+        136,  # nobody's while they wait
     ],
 )
 def test_the_cache_can_be_emptied(mib: int) -> None:
@@ -147,11 +147,11 @@ def test_the_cache_can_be_emptied(mib: int) -> None:
     bce_ext.empty_cache()
     before = resident()
     for _ in range(2):
-        freed = [gradient(mib * MIB // 4) for _ in range(4)]
+        freed = [gradient(mib * MIB // 4) for _ in range(2)]
         del freed
-        assert resident() - before > 2 * mib * MIB
+        assert resident() - before > 1.5 * mib * MIB
         bce_ext.empty_cache()
-        assert resident() - before < mib * MIB
+        assert resident() - before < 0.5 * mib * MIB
     torch.testing.assert_close(alive, torch.full_like(alive, expected(0.5)))
     again = gradient(mib * MIB // 4, 0.75)
     torch.testing.assert_close(again, torch.full_like(again, expected(0.75)))
@@ -176,7 +176,7 @@ def test_the_cache_can_be_emptied_while_others_use_it() -> None:
     thread = threading.Thread(target=empty)
     thread.start()
     try:
-        for value in [0.1, 0.2, 0.3] * 10:
+        for value in [0.1, 0.2, 0.3] * 3:
             grad = gradient(MIB, value)
             torch.testing.assert_close(grad, torch.full_like(grad, expected(value)))
     finally:

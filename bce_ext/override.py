@@ -190,31 +190,18 @@ def _as_torch_defined_it(name: str) -> FunctionType | None:
     return function if is_it(function) else next(filter(is_it, gc.get_referrers(vars(F))), None)
 
 
-# What stands in for the codes of torch's functions. It runs with the globals of torch.nn.functional.
+# What stands in for the codes of torch's functions. It runs with their globals and their defaults.
 
 
 def _with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any, pos_weight: Any
 ) -> Tensor:
     import bce_ext
 
     return bce_ext.override.ROUTE.with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
 
 
-def _probabilities(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
+def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any) -> Tensor:
     import bce_ext
 
     return bce_ext.override.ROUTE.probabilities(input, target, weight, size_average, reduce, reduction)

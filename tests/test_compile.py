@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from callables import (
-    Loss,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -26,10 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bce_ext
 
-LOSSES = (module, functional, operator, probabilities_module, probabilities_functional, probabilities_operator)
-
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
@@ -46,10 +34,9 @@ def make_batch(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     shape = (rows, 6)
     weights = {"weight": reference.make_weights((rows, 1), dtype, device)}
-    if loss in LOSSES[:3]:
+    if loss in WITH_LOGITS:
         weights["pos_weight"] = reference.make_weights((6,), dtype, device)
-        return reference.make_logits(shape, dtype, device), reference.make_targets(shape, dtype, device), weights
-    return reference.make_probabilities(shape, dtype, device), reference.make_targets(shape, dtype, device), weights
+    return make_input(loss, shape, dtype, device), reference.make_targets(shape, dtype, device), weights
 
 
 def gradient(function: Callable[..., Tensor], input: Tensor, *rest: object, **weights: Tensor) -> tuple[Tensor, Tensor]:

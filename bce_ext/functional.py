@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.jit import is_scripting  # type: ignore[attr-defined]
-from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function
 
-from bce_ext import _C
+from bce_ext._call import Loss, call, reduction_number
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
@@ -70,8 +64,8 @@ def binary_cross_entropy_with_logits(
         tensor(0.2014)
     """
     if not is_scripting():
-        return _call(_WITH_LOGITS, (input, target, weight, pos_weight), reduction, size_average, reduce)
-    number = _reduction_number(reduction, size_average, reduce)
+        return call(WITH_LOGITS, (input, target, weight, pos_weight), reduction, size_average, reduce)
+    number = reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, number)  # type: ignore[no-any-return]
 
 
@@ -123,53 +117,11 @@ def binary_cross_entropy(
         tensor(0.2877)
     """
     if not is_scripting():
-        return _call(_PROBABILITIES, (input, target, weight), reduction, size_average, reduce)
-    number = _reduction_number(reduction, size_average, reduce)
+        return call(PROBABILITIES, (input, target, weight), reduction, size_average, reduce)
+    number = reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, number)  # type: ignore[no-any-return]
 
 
-class _Loss(NamedTuple):
-    """The public function, its operator for compilers, a short way to that operator, and how both call their operands behind input and target."""
-
-    function: Callable[..., Tensor]
-    operator: Callable[..., Tensor]
-    short_way: Callable[..., Tensor]
-    names: tuple[str, ...]
-
-
-def _loss(function: Callable[..., Tensor], *names: str) -> _Loss:
-    name = function.__name__
-    return _Loss(function, getattr(torch.ops.bce_ext, name), getattr(_C, name), names)
-
-
-_WITH_LOGITS = _loss(binary_cross_entropy_with_logits, "weight", "pos_weight")
-_PROBABILITIES = _loss(binary_cross_entropy, "weight")
-
-
-def _call(
-    loss: _Loss, operands: tuple[Any, ...], reduction: str, size_average: bool | None = None, reduce: bool | None = None
-) -> Tensor:
-    """What every loss does with its arguments, outside of TorchScript."""
-    if has_torch_function(operands):
-        input, target, *rest = operands
-        options = dict(zip(loss.names, rest, strict=True), reduction=reduction)
-        deprecated = {"size_average": size_average, "reduce": reduce}
-        options.update({name: value for name, value in deprecated.items() if value is not None})
-        return handle_torch_function(loss.function, operands, input, target, **options)
-    number = _reduction_number(reduction, size_average, reduce)
-    if is_dynamo_compiling():
-        return loss.operator(*operands[:2], *map(_as_tensor, operands[2:]), number)
-    return loss.short_way(*operands, number)
-
-
-def _reduction_number(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
-    if size_average is not None or reduce is not None:
-        return _Reduction.legacy_get_enum(size_average, reduce)
-    return _Reduction.get_enum(reduction)
-
-
-def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
-    """A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device."""
-    if isinstance(weight, (int, float)):
-        return torch.scalar_tensor(weight, dtype=torch.float64, device="cpu")
-    return weight
+# How the losses are called outside of TorchScript.
+WITH_LOGITS = Loss.of(binary_cross_entropy_with_logits, "weight", "pos_weight")
+PROBABILITIES = Loss.of(binary_cross_entropy, "weight")

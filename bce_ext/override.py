@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from bce_ext import functional
+from bce_ext._call import Loss
+from bce_ext._call import call as call
 
 __all__ = ["disable", "enable", "fused", "is_enabled"]
 
@@ -93,9 +94,10 @@ class _Route:
     KEY = "_bce_ext_route"
 
     def __init__(self) -> None:
-        self.with_logits = _Routed("binary_cross_entropy_with_logits", _with_logits)
-        self.probabilities = _Routed("binary_cross_entropy", _probabilities)
-        self.switches = (self.with_logits, self.probabilities, _Inlined(self.with_logits, self.probabilities))
+        self.with_logits = _Routed(functional.WITH_LOGITS, _with_logits)
+        self.probabilities = _Routed(functional.PROBABILITIES, _probabilities)
+        # The compiler is told first and untold last, so that it never takes a routed function for a node that it knows by name.
+        self.switches = (_Inlined(self.with_logits, self.probabilities), self.with_logits, self.probabilities)
         self.lock = Lock()
         self.enabled = False
         self.blocks = 0
@@ -113,7 +115,7 @@ class _Route:
         on = enabled or blocks > 0
         if on != self.on:
             with ExitStack() as undo:  # all of them, or none
-                for each in self.switches:
+                for each in self.switches if on else reversed(self.switches):
                     undo.callback(each.switch, self.on)
                     each.switch(on)
                 undo.pop_all()
@@ -127,26 +129,19 @@ class _Route:
 class _Routed:
     """One function of torch, and the code that stands in for its own."""
 
-    def __init__(self, name: str, stand_in: Callable[..., Tensor]) -> None:
-        self.name = name
-        self.fused: Callable[..., Tensor] = getattr(functional, name)
-        self.function = _as_torch_defined_it(name)
+    def __init__(self, loss: Loss, stand_in: Callable[..., Tensor]) -> None:
+        self.name = loss.function.__name__
+        self.function = _as_torch_defined_it(self.name)
         if self.function is None:
             return
+        self.loss = loss._replace(function=self.function)
         self.own_code = self.function.__code__
-        self.native: Callable[..., Tensor] = FunctionType(
-            self.own_code, vars(F), f"native_{name}", self.function.__defaults__
-        )
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
             co_name=self.own_code.co_name,
             co_filename=self.own_code.co_filename,
             co_firstlineno=self.own_code.co_firstlineno,
         )
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        # Native code reports torch's own function to a __torch_function__, and does no more than that.
-        return self.native(*arguments) if has_torch_function(arguments) else self.fused(*arguments)
 
     def switch(self, on: bool) -> None:
         if self.function is not None:
@@ -196,15 +191,15 @@ def _as_torch_defined_it(name: str) -> FunctionType | None:
 def _with_logits(
     input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any, pos_weight: Any
 ) -> Tensor:
-    import bce_ext
+    import bce_ext.override as ours
 
-    return bce_ext.override.ROUTE.with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    return ours.call(ours.ROUTE.with_logits.loss, (input, target, weight, pos_weight), reduction, size_average, reduce)
 
 
 def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any) -> Tensor:
-    import bce_ext
+    import bce_ext.override as ours
 
-    return bce_ext.override.ROUTE.probabilities(input, target, weight, size_average, reduce, reduction)
+    return ours.call(ours.ROUTE.probabilities.loss, (input, target, weight), reduction, size_average, reduce)
 
 
 ROUTE: _Route = getattr(F, _Route.KEY, None) or _Route()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bce_ext
-from bce_ext.override import _ROUTE
+from bce_ext.override import is_enabled
 
 REDUCTIONS = ("none", "mean", "sum")
 SHAPE = (1003, 67)  # odd, and several blocks of work for several threads
@@ -65,7 +65,7 @@ def report() -> Iterator[tuple[str, object]]:
     for variable in ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "BCE_EXT_ANY_TORCH"):
         if variable in os.environ:
             yield variable, os.environ[variable]
-    yield "enable()", "active" if _ROUTE.on else "not active"
+    yield "enable()", "active" if is_enabled() else "not active"
 
 
 def self_check(device: str) -> Iterator[tuple[str, str | None]]:

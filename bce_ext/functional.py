@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from bce_ext import _C
+from bce_ext._call import Loss, call, reduction_number
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
@@ -64,28 +63,10 @@ def binary_cross_entropy_with_logits(
         >>> binary_cross_entropy_with_logits(output, target, pos_weight=pos_weight)  # -log(sigmoid(1.5))
         tensor(0.2014)
     """
-    if size_average is not None or reduce is not None:
-        reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
-    else:
-        reduction_enum = _Reduction.get_enum(reduction)
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if has_torch_function_variadic(input, target, weight, pos_weight):
-            return handle_torch_function(
-                binary_cross_entropy_with_logits,
-                (input, target, weight, pos_weight),
-                input,
-                target,
-                weight=weight,
-                size_average=size_average,
-                reduce=reduce,
-                reduction=reduction,
-                pos_weight=pos_weight,
-            )
-        if not torch.compiler.is_dynamo_compiling():
-            return _C.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)
-        weight = _as_tensor(weight)
-        pos_weight = _as_tensor(pos_weight)
-    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction_enum)  # type: ignore[no-any-return]
+    if not is_scripting():
+        return call(WITH_LOGITS, (input, target, weight, pos_weight), reduction, size_average, reduce)
+    number = reduction_number(reduction, size_average, reduce)
+    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, number)  # type: ignore[no-any-return]
 
 
 def binary_cross_entropy(
@@ -135,28 +116,12 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(input, torch.tensor([0, 1]))  # -log(0.75)
         tensor(0.2877)
     """
-    if size_average is not None or reduce is not None:
-        reduction_enum = _Reduction.legacy_get_enum(size_average, reduce)
-    else:
-        reduction_enum = _Reduction.get_enum(reduction)
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if has_torch_function_variadic(input, target, weight):
-            return handle_torch_function(
-                binary_cross_entropy,
-                (input, target, weight),
-                input,
-                target,
-                weight=weight,
-                size_average=size_average,
-                reduce=reduce,
-                reduction=reduction,
-            )
-        if not torch.compiler.is_dynamo_compiling():
-            return _C.binary_cross_entropy(input, target, weight, reduction_enum)
-        weight = _as_tensor(weight)
-    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, reduction_enum)  # type: ignore[no-any-return]
+    if not is_scripting():
+        return call(PROBABILITIES, (input, target, weight), reduction, size_average, reduce)
+    number = reduction_number(reduction, size_average, reduce)
+    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, number)  # type: ignore[no-any-return]
 
 
-def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
-    """A number becomes a 0-d tensor, which broadcasts and goes with any device."""
-    return torch.scalar_tensor(weight, dtype=torch.float64) if isinstance(weight, (int, float)) else weight
+# How the losses are called outside of TorchScript.
+WITH_LOGITS = Loss.of(binary_cross_entropy_with_logits, "weight", "pos_weight")
+PROBABILITIES = Loss.of(binary_cross_entropy, "weight")

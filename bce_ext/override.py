@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import CodeType, FunctionType
-from typing import cast
+from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-__all__ = ["disable", "enable", "fused"]
+from bce_ext import functional
+from bce_ext._call import Loss
+from bce_ext._call import call as call
+
+__all__ = ["disable", "enable", "fused", "is_enabled"]
 
 
 def enable() -> None:
@@ -23,10 +28,11 @@ def enable() -> None:
     torch earlier, third-party code, all threads. Compiled code is recompiled. Enabling twice is the same as enabling once.
 
     Note:
-        The two function objects stay what they are; only the code that they run is exchanged, which is atomic: a call that another thread is in the middle
-        of ends as it began. What does not run the code of these functions is not routed: direct calls of ``torch.binary_cross_entropy_with_logits`` or
-        ``torch.ops.aten``, programs in TorchScript (``torch.jit.trace`` records the fused operators, ``torch.jit.script`` native ones), exported and
-        serialized programs. May be called from any thread.
+        The two function objects stay what they are, so that they pickle as torch's own; only the code that they run is exchanged, which is atomic: a call
+        that another thread is in the middle of ends as it began. What does not run the code of these functions is not routed: direct calls of
+        ``torch.binary_cross_entropy_with_logits`` or ``torch.ops.aten``, programs in TorchScript (``torch.jit.trace`` records the fused operators,
+        ``torch.jit.script`` native ones), exported and serialized programs. A wrapper that somebody put into the place of a function stays, and what it
+        calls is routed. The first call imports ``torch._dynamo``, as the first optimizer of :mod:`torch.optim` does. May be called from any thread.
 
     Example::
 
@@ -35,7 +41,7 @@ def enable() -> None:
         tensor(2.0612e-09)
         >>> bce_ext.disable()
     """
-    _ROUTE.set_enabled(True)
+    ROUTE.set_enabled(True)
 
 
 def disable() -> None:
@@ -47,7 +53,19 @@ def disable() -> None:
         >>> torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(0.)
     """
-    _ROUTE.set_enabled(False)
+    ROUTE.set_enabled(False)
+
+
+def is_enabled() -> bool:
+    """Whether torch's own binary cross entropy uses the fused one: after :func:`enable`, or while any thread is in a :func:`fused` block.
+
+    Example::
+
+        >>> with bce_ext.fused():
+        ...     bce_ext.is_enabled()
+        True
+    """
+    return ROUTE.on
 
 
 @contextmanager
@@ -63,73 +81,61 @@ def fused() -> Iterator[None]:
         ...     torch.nn.BCEWithLogitsLoss()(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(2.0612e-09)
     """
-    _ROUTE.add_blocks(1)
+    ROUTE.add_blocks(1)
     try:
         yield
     finally:
-        _ROUTE.add_blocks(-1)
+        ROUTE.add_blocks(-1)
 
 
-def _fused_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    # Runs with the globals of torch.nn.functional: a __torch_function__ sees torch's function, whose name this is there.
-    if has_torch_function_variadic(input, target, weight, pos_weight):
-        return handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-        )
-    import bce_ext
+class _Route:
+    """Whether torch's functions are routed, and the switches that do it. While they are, torch.nn.functional holds it, so that a reloaded bce_ext finds it."""
 
-    return bce_ext.functional.binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight
-    )
+    KEY = "_bce_ext_route"
 
+    def __init__(self) -> None:
+        self.with_logits = _Routed(functional.WITH_LOGITS, _with_logits)
+        self.probabilities = _Routed(functional.PROBABILITIES, _probabilities)
+        # The compiler is told first and untold last, so that it never takes a routed function for a node that it knows by name.
+        self.switches = (_Inlined(self.with_logits, self.probabilities), self.with_logits, self.probabilities)
+        self.lock = Lock()
+        self.enabled = False
+        self.blocks = 0
+        self.on = False
 
-def _fused(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            binary_cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-        )
-    import bce_ext
+    def set_enabled(self, enabled: bool) -> None:
+        with self.lock:
+            self.update(enabled, self.blocks)
 
-    return bce_ext.functional.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    def add_blocks(self, count: int) -> None:
+        with self.lock:
+            self.update(self.enabled, self.blocks + count)
+
+    def update(self, enabled: bool, blocks: int) -> None:
+        on = enabled or blocks > 0
+        if on != self.on:
+            with ExitStack() as undo:  # all of them, or none
+                for each in self.switches if on else reversed(self.switches):
+                    undo.callback(each.switch, self.on)
+                    each.switch(on)
+                undo.pop_all()
+            if on:
+                setattr(F, self.KEY, self)
+            else:
+                delattr(F, self.KEY)
+        self.enabled, self.blocks, self.on = enabled, blocks, on
 
 
 class _Routed:
-    """One function of torch, its own code and the code that stands in for it."""
+    """One function of torch, and the code that stands in for its own."""
 
-    def __init__(self, function: Callable[..., Tensor], stand_in: Callable[..., Tensor]) -> None:
-        self.function = cast(FunctionType, function)
+    def __init__(self, loss: Loss, stand_in: Callable[..., Tensor]) -> None:
+        self.name = loss.function.__name__
+        self.function = _as_torch_defined_it(self.name)
+        if self.function is None:
+            return
+        self.loss = loss._replace(function=self.function)
         self.own_code = self.function.__code__
-        self.own_module = self.function.__module__
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
             co_name=self.own_code.co_name,
@@ -138,36 +144,62 @@ class _Routed:
         )
 
     def switch(self, on: bool) -> None:
-        self.function.__code__ = self.code if on else self.own_code
-        # torch.compile guards on __code__, but keeps the function as one node of the graph, and its cache on disk knows functions of torch.nn.functional
-        # by their name alone. From another module, it asks and fills that cache no more.
-        self.function.__module__ = __name__ if on else self.own_module
+        if self.function is not None:
+            self.function.__code__ = self.code if on else self.own_code
+        elif on:
+            message = f"torch.nn.functional.{self.name} was replaced before bce_ext was imported, and is not routed"
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
-class _Route:
+class _Inlined:
+    """torch.compile keeps torch's functions as nodes of its graphs, which its cache on disk knows by their names alone. While on, it looks into them."""
+
     def __init__(self, *routed: _Routed) -> None:
         self.routed = routed
-        self.lock = Lock()
-        self.enabled = False
-        self.blocks = 0
-        self.on = False
+        self.rules: dict[Any, Any] = {}
 
-    def set_enabled(self, enabled: bool) -> None:
-        with self.lock:
-            self.enabled = enabled
-            self.update()
-
-    def add_blocks(self, count: int) -> None:
-        with self.lock:
-            self.blocks += count
-            self.update()
-
-    def update(self) -> None:
-        on = self.enabled or self.blocks > 0
-        if on != self.on:
-            for each in self.routed:
-                each.switch(on)
-            self.on = on
+    def switch(self, on: bool) -> None:
+        try:
+            import torch._dynamo
+            from torch._dynamo.trace_rules import get_torch_obj_rule_map
+        except ImportError:  # a torch that cannot compile
+            return
+        rules = get_torch_obj_rule_map()
+        if not on:
+            rules.update(self.rules)
+            return
+        self.rules = {each.function: rules.pop(each.function) for each in self.routed if each.function in rules}
+        wrappers = {getattr(F, each.name) for each in self.routed} & rules.keys()
+        if wrappers:  # compiled code has no guard on what these call
+            self.rules.update({wrapper: rules.pop(wrapper) for wrapper in wrappers})
+            torch._dynamo.reset()
 
 
-_ROUTE = _Route(_Routed(binary_cross_entropy_with_logits, _fused_with_logits), _Routed(binary_cross_entropy, _fused))
+def _as_torch_defined_it(name: str) -> FunctionType | None:
+    """The function whose globals are torch.nn.functional, also when somebody put something else into its place."""
+
+    def is_it(candidate: object) -> bool:
+        return isinstance(candidate, FunctionType) and candidate.__globals__ is vars(F) and candidate.__name__ == name
+
+    function = getattr(F, name)
+    return function if is_it(function) else next(filter(is_it, gc.get_referrers(vars(F))), None)
+
+
+# What stands in for the codes of torch's functions. It runs with their globals and their defaults.
+
+
+def _with_logits(
+    input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any, pos_weight: Any
+) -> Tensor:
+    import bce_ext.override as ours
+
+    return ours.call(ours.ROUTE.with_logits.loss, (input, target, weight, pos_weight), reduction, size_average, reduce)
+
+
+def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any) -> Tensor:
+    import bce_ext.override as ours
+
+    return ours.call(ours.ROUTE.probabilities.loss, (input, target, weight), reduction, size_average, reduce)
+
+
+ROUTE: _Route = getattr(F, _Route.KEY, None) or _Route()

@@ -54,14 +54,9 @@ py::dict build_info() {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Native raises AttributeError or TypeError for something that is no tensor, as it happens to fail. This is both.
 PyObject* argument_type_error() {
-  static PyObject* const type = [] {
-    const py::tuple bases = py::make_tuple(py::reinterpret_borrow<py::object>(PyExc_TypeError),
-                                           py::reinterpret_borrow<py::object>(PyExc_AttributeError));
-    return PyErr_NewException("bce_ext.ArgumentTypeError", bases.ptr(), nullptr);
-  }();
-  return type;
+  static const auto type = py::object(py::module_::import("bce_ext.errors").attr("ArgumentTypeError")).release();
+  return type.ptr();
 }
 
 const at::Tensor& as_tensor(py::handle value, const char* function, const char* argument) {
@@ -73,25 +68,25 @@ const at::Tensor& as_tensor(py::handle value, const char* function, const char* 
   return THPVariable_Unpack(value.ptr());
 }
 
-// A number becomes a 0-d tensor, which broadcasts and goes with any device.
+// A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device.
 OptionalTensor as_weight(py::handle value, const char* function, const char* argument) {
   if (value.is_none()) return std::nullopt;
   if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
-    return at::scalar_tensor(value.cast<double>(), at::kDouble);
+    return at::scalar_tensor(value.cast<double>(), at::TensorOptions(at::kDouble).device(at::kCPU));
   return as_tensor(value, function, argument);
 }
+
+py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
+py::object wrap(OptionalTensor tensor) { return tensor ? wrap(*std::move(tensor)) : py::none(); }
 
 // torch.jit.trace records what goes through torch.ops.
 py::object named_operator(const char* name) {
   return py::module_::import("torch").attr("ops").attr("bce_ext").attr(name);
 }
 
-py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
-
 py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight,
                                             py::handle pos_weight, int64_t reduction) {
   constexpr auto kName = "binary_cross_entropy_with_logits";
-  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, weight, pos_weight, reduction);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
@@ -100,6 +95,7 @@ py::object binary_cross_entropy_with_logits(py::handle input, py::handle target,
   const at::Tensor& y = as_tensor(target, kName, "target");
   const OptionalTensor w = as_weight(weight, kName, "weight");
   const OptionalTensor p = as_weight(pos_weight, kName, "pos_weight");
+  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, wrap(w), wrap(p), reduction);
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(x, y, w, p, reduction);
   py::gil_scoped_acquire gil;
@@ -108,13 +104,13 @@ py::object binary_cross_entropy_with_logits(py::handle input, py::handle target,
 
 py::object binary_cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction) {
   constexpr auto kName = "binary_cross_entropy";
-  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, weight, reduction);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::binary_cross_entropy", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t)>();
   const at::Tensor& q = as_tensor(input, kName, "input");
   const at::Tensor& y = as_tensor(target, kName, "target");
   const OptionalTensor w = as_weight(weight, kName, "weight");
+  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, wrap(w), reduction);
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(q, y, w, reduction);
   py::gil_scoped_acquire gil;

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import bce_ext
+
+# torch.compile's cache on disk knows our operators by their names: it must not answer with what it compiled for another build of the extension.
+_COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="bce_ext_compile_cache_")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILE_CACHE.name
 
 
 def why_no_cuda() -> str | None:

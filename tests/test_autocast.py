@@ -6,29 +6,11 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from callables import (
-    Loss,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import PYTHON_PROBABILITIES, WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-WITH_LOGITS = (module, functional, operator)
-PROBABILITIES = (probabilities_module, probabilities_functional, probabilities_operator)
 HALF = [torch.bfloat16, torch.float16]
-
-every_loss = pytest.mark.parametrize("loss", WITH_LOGITS + PROBABILITIES, ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
-
-
-def make_input(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    make = reference.make_logits if loss in WITH_LOGITS else reference.make_probabilities
-    return make(shape, dtype, device)
 
 
 @every_reduction
@@ -86,7 +68,7 @@ def test_nothing_is_cast(loss: Loss, requires_grad: bool, device: str) -> None:
 
 @every_reduction
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("loss", PROBABILITIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loss", PYTHON_PROBABILITIES, ids=lambda f: f.__name__)
 def test_probabilities_are_safe_under_autocast(loss: Loss, dtype: torch.dtype, reduction: str, device: str) -> None:
     """pytorch#61098: native raises on CUDA, since its gradient would overflow in half precision. Ours is computed in float32."""
     layer = torch.nn.Linear(8, 8, device=device)

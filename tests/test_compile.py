@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from callables import (
-    Loss,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -26,10 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bce_ext
 
-LOSSES = (module, functional, operator, probabilities_module, probabilities_functional, probabilities_operator)
-
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
@@ -46,10 +34,9 @@ def make_batch(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     shape = (rows, 6)
     weights = {"weight": reference.make_weights((rows, 1), dtype, device)}
-    if loss in LOSSES[:3]:
+    if loss in WITH_LOGITS:
         weights["pos_weight"] = reference.make_weights((6,), dtype, device)
-        return reference.make_logits(shape, dtype, device), reference.make_targets(shape, dtype, device), weights
-    return reference.make_probabilities(shape, dtype, device), reference.make_targets(shape, dtype, device), weights
+    return make_input(loss, shape, dtype, device), reference.make_targets(shape, dtype, device), weights
 
 
 def gradient(function: Callable[..., Tensor], input: Tensor, *rest: object, **weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +144,55 @@ def test_compile_of_func_grad(loss: Loss, device: str) -> None:
     gradient_of = torch.func.grad(lambda x, y: loss(x, y, **weights))
     compiled = torch.compile(gradient_of, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(input, target), gradient_of(input, target))
+
+
+CALLS_OF_THE_FUNCTION: dict[str, Callable[..., Tensor]] = {
+    "defaults": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y),
+    "positional": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y, w, p, 0),
+    "some_keywords": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(x, y, pos_weight=p, reduction=2),
+    "keywords": lambda x, y, w, p: bce_ext.BCEWithLogitsFunction.apply(target=y, input=x, weight=w),
+    "aliased": lambda x, y, w, p, apply=bce_ext.BCEWithLogitsFunction.apply: apply(x, y, weight=w),
+}
+
+
+@pytest.mark.parametrize("weights_require_grad", [False, True], ids=["constant_weights", "weights_require_grad"])
+@pytest.mark.parametrize("call", CALLS_OF_THE_FUNCTION)
+def test_the_autograd_function(call: str, weights_require_grad: bool, device: str) -> None:
+    """All the ways to pass arguments, in one graph; the gradients are those of the functional."""
+    input, target, weights = make_batch(functional, 5, device, torch.float64)
+    tensors = [input.requires_grad_(), target.requires_grad_()]
+    tensors += [weight.requires_grad_(weights_require_grad) for weight in weights.values()]
+    function = CALLS_OF_THE_FUNCTION[call]
+    results = []
+    for each in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        loss = each(*tensors)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        results.append((loss, torch.autograd.grad(loss.square().sum(), wanted, materialize_grads=True)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("place", ["weight", "pos_weight", "probabilities"])
+@pytest.mark.parametrize("how", ["eager", "compile", "trace"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_numbers_as_weights(how: str, place: str, device: str) -> None:
+    """They are on the CPU, whatever the default device is, and so go with any device."""
+    loss = bce_ext.functional.binary_cross_entropy_with_logits
+    if place == "probabilities":
+        loss, place = bce_ext.functional.binary_cross_entropy, "weight"
+    input, target, _ = make_batch(probabilities_functional, 5, device)
+
+    def subject(input: Tensor, target: Tensor) -> Tensor:
+        return loss(input, target, **{place: 2.5}, reduction="sum")
+
+    expected = gradient(loss, input, target, **{place: torch.tensor(2.5)}, reduction="sum")
+    with torch.device("meta"):
+        match how:
+            case "compile":
+                subject = torch.compile(subject, fullgraph=True, backend="aot_eager")
+            case "trace":
+                subject = torch.jit.trace(subject, (input, target))
+        actual = gradient(subject, input, target)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 class Model(torch.nn.Module):

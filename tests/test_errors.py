@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,14 @@ def test_something_else_than_a_tensor(value: str, place: str) -> None:
     assert_raises_as_native(raised_by(bce_ext.BCELoss(), *probabilities), native)
     # The operators of torch raise whatever their dispatcher does, and so do ours.
     assert isinstance(raised_by(torch.ops.bce_ext.binary_cross_entropy_with_logits, *arguments), RuntimeError)
+
+
+def test_the_exception_can_be_caught_by_name_and_pickled() -> None:
+    error = raised_by(F.binary_cross_entropy_with_logits, [1.0], Y)
+    assert type(error) is bce_ext.ArgumentTypeError
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is bce_ext.ArgumentTypeError
+    assert str(copy) == str(error)
 
 
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])

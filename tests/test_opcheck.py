@@ -61,6 +61,7 @@ def test_every_operator_is_checked_here() -> None:
         "_bce_backward",
         "_scale_grad_",
         "_count_valid",
+        "empty_cache",
     }
 
 
@@ -152,3 +153,7 @@ def test_options(name: str, reduction: int, device: str) -> None:
         normalizer = torch.tensor(3.0, device=device)
         opcheck(op, input, target, reduction=reduction, normalizer=normalizer)
         opcheck(op, input, target, reduction=reduction, normalizer=normalizer.requires_grad_())
+
+
+def test_empty_cache() -> None:
+    opcheck(OPS.empty_cache.default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bce_ext
 import bce_ext.functional as F
 
 MIB = 2**20
@@ -114,12 +116,14 @@ def test_memory_that_the_system_took_is_replaced() -> None:
     assert memory_of_kind("AnonHugePages") >= huge  # none, where the system has no huge pages
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
 def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
     size = 32 * MIB  # of which four may be our own
     gradient(size // 4)
     before = resident()
@@ -127,6 +131,96 @@ def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
     assert resident() - before > 10 * size  # the measurement sees them
     del alive
     assert resident() - before < 6 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+@pytest.mark.parametrize(
+    "mib",
+    [
+        20,  # from the heap of the C library, which keeps some of what is freed
+        80,  # two of them: more than may be our own
+        136,  # nobody's while they wait
+    ],
+)
+def test_the_cache_can_be_emptied(mib: int) -> None:
+    alive = gradient(MIB, 0.5)
+    bce_ext.empty_cache()
+    before = resident()
+    for _ in range(2):
+        freed = [gradient(mib * MIB // 4) for _ in range(2)]
+        del freed
+        assert resident() - before > 1.5 * mib * MIB
+        bce_ext.empty_cache()
+        assert resident() - before < 0.5 * mib * MIB
+    torch.testing.assert_close(alive, torch.full_like(alive, expected(0.5)))
+    again = gradient(mib * MIB // 4, 0.75)
+    torch.testing.assert_close(again, torch.full_like(again, expected(0.75)))
+
+
+def test_the_cache_can_be_emptied_without_python() -> None:
+    """The operator is what C++ and TorchScript call."""
+    first = gradient(LARGE)
+    del first
+    before = resident()
+    assert torch.ops.bce_ext.empty_cache() is None
+    assert before - resident() > LARGE * 4 - 4 * MIB
+
+
+def test_the_cache_can_be_emptied_while_others_use_it() -> None:
+    stop = threading.Event()
+
+    def empty() -> None:
+        while not stop.is_set():
+            bce_ext.empty_cache()
+
+    thread = threading.Thread(target=empty)
+    thread.start()
+    try:
+        for value in [0.1, 0.2, 0.3] * 3:
+            grad = gradient(MIB, value)
+            torch.testing.assert_close(grad, torch.full_like(grad, expected(value)))
+    finally:
+        stop.set()
+        thread.join()
+
+
+# Frees a gradient of 64 MiB; prints how many MiB of it stay, and how many of these the system may take.
+FREES_A_GRADIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_output_memory import MIB, gradient, memory_of_kind, resident
+gradient(1000)
+before = resident(), memory_of_kind("LazyFree")
+grad = gradient(16 * MIB)
+del grad
+print((resident() - before[0]) // MIB, (memory_of_kind("LazyFree") - before[1]) // MIB)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("bound", "stays", "is_nobodys"),
+    [
+        ("64", True, False),  # just enough
+        ("63", True, True),
+        ("0", False, False),
+        ("-1", True, False),  # 128, and a warning
+        ("64 MiB", True, False),
+    ],
+)
+def test_the_bound_of_the_environment(bound: str, stays: bool, is_nobodys: bool) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FREES_A_GRADIENT, os.path.dirname(__file__)],
+        env=os.environ | {"BCE_EXT_CACHE_MIB": bound},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    mib, mib_of_nobody = map(int, result.stdout.split())
+    assert (mib >= 60) == stays
+    assert (mib_of_nobody >= 60) == is_nobodys
+    assert ("expected BCE_EXT_CACHE_MIB to be a whole number of MiB" in result.stderr) != bound.isdecimal()
 
 
 def test_the_storage_can_be_resized_shared_and_saved() -> None:

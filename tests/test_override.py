@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import gc
+import importlib
+import io
 import pickle
 import shutil
 import threading
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.utils import counters
 from torch.nn.functional import binary_cross_entropy as imported_early
 from torch.nn.functional import binary_cross_entropy_with_logits as imported_early_with_logits
 from torch.overrides import TorchFunctionMode
@@ -29,7 +37,13 @@ def state() -> list[object]:
         (f, f.__code__, f.__module__, f.__name__, f.__qualname__, f.__defaults__, f.__doc__, dict(f.__dict__))
         for f in FUNCTIONS
     ]
-    return [attributes, dict(vars(F)), [(method, method.__code__) for method in methods]]
+    return [
+        attributes,
+        dict(vars(F)),
+        [(method, method.__code__) for method in methods],
+        dict(get_torch_obj_rule_map()),
+        bce_ext.is_enabled(),
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +52,7 @@ def _undone_exactly() -> Iterator[None]:
     yield
     bce_ext.disable()
     assert state() == before
+    assert not bce_ext.is_enabled()
 
 
 TAIL = torch.tensor([-20.0]), torch.tensor([0.0])  # native's loss is 0 there
@@ -209,14 +224,145 @@ def test_torch_functions_see_torchs_own_function() -> None:
     assert F.binary_cross_entropy in seen
 
 
+def test_is_enabled() -> None:
+    assert not bce_ext.is_enabled()
+    with bce_ext.fused():
+        assert bce_ext.is_enabled()
+        bce_ext.enable()
+    assert bce_ext.is_enabled()
+    bce_ext.disable()
+    assert not bce_ext.is_enabled()
+
+
+def test_an_exception_leaves_the_route_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function is switched already when the other cannot be."""
+
+    def refuse(on: bool) -> None:
+        if on:
+            raise KeyError
+
+    before = state()
+    with monkeypatch.context() as patch:
+        patch.setattr(bce_ext.override.ROUTE.probabilities, "switch", refuse)
+        with pytest.raises(KeyError):
+            bce_ext.enable()
+        assert state() == before
+        with pytest.raises(KeyError), bce_ext.fused():
+            pass
+        assert state() == before
+    bce_ext.enable()
+    assert is_ours()
+    bce_ext.disable()
+    with bce_ext.fused():
+        assert is_ours()
+    assert not is_ours()
+
+
+@pytest.mark.parametrize("within", ["enable", "fused"])
+def test_a_reload_finds_the_route(within: str) -> None:
+    with bce_ext.fused() if within == "fused" else contextlib.nullcontext(bce_ext.enable()):
+        importlib.reload(bce_ext.override)
+        assert bce_ext.is_enabled()
+        assert is_ours()
+    bce_ext.disable()
+    assert not bce_ext.is_enabled()
+    assert not is_ours()
+    with bce_ext.fused():
+        assert is_ours()
+    assert not is_ours()
+
+
+class Callee:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
+
+
+def closure(function: Callable[..., Tensor], factor: float = 1.0) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs) * factor
+
+    return wrapper
+
+
+def without_free_variables(*args: Any, **kwargs: Any) -> Tensor:
+    return imported_early_with_logits(*args, **kwargs)
+
+
+WRAPPERS: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+    "partial": functools.partial,
+    "closure": closure,
+    "mock": lambda function: unittest.mock.Mock(wraps=function),
+    "specified_mock": lambda function: unittest.mock.create_autospec(function, side_effect=function),
+    "object": Callee,
+    "function_of_another_module": lambda function: without_free_variables,
+    "c_function": lambda function: torch.binary_cross_entropy_with_logits,
+}
+
+
+@pytest.fixture
+def imported_anew() -> Iterator[Callable[[], None]]:
+    """What bce_ext does when it is imported, done in the test; and once more without what the test changed."""
+    yield lambda: importlib.reload(bce_ext.override) and None
+    importlib.reload(bce_ext.override)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_wrapped_before_the_import(kind: str, imported_anew: Callable[[], None]) -> None:
+    """The wrapper stays, and torch's function behind it is routed."""
+    wrapper = WRAPPERS[kind](imported_early_with_logits)
+    with unittest.mock.patch.object(F, "binary_cross_entropy_with_logits", wrapper):
+        imported_anew()
+        for _ in range(2):
+            with bce_ext.fused():
+                assert F.binary_cross_entropy_with_logits is wrapper
+                assert is_ours(imported_early_with_logits)
+                assert is_ours(wrapper) == (kind != "c_function")
+                assert operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3)) >= {
+                    "bce_ext::binary_cross_entropy"
+                }
+            assert not is_ours(imported_early_with_logits)
+            assert not is_ours(wrapper)
+
+
+def test_a_function_that_is_gone_is_named(imported_anew: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", without_free_variables)
+    monkeypatch.setattr(gc, "get_referrers", lambda *objects: [])
+    imported_anew()
+    with pytest.warns(RuntimeWarning, match="binary_cross_entropy_with_logits was replaced") as warned:
+        bce_ext.enable()
+    assert warned[0].filename == __file__
+    assert operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3)) >= {"bce_ext::binary_cross_entropy"}
+    assert not is_ours()
+    bce_ext.disable()
+
+
 def test_pickle_and_deepcopy_while_enabled() -> None:
+    """What is saved then can be loaded where bce_ext is not known."""
+
     bce_ext.enable()
     for function in FUNCTIONS:
-        assert pickle.loads(pickle.dumps(function)) is function
         assert copy.deepcopy(function) is function
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            saved = pickle.dumps(function, protocol)
+            assert b"torch.nn.functional" in saved
+            assert b"bce_ext" not in saved
+            assert pickle.loads(saved) is function
     loss = pickle.loads(pickle.dumps(torch.nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))))
     assert type(loss) is torch.nn.BCEWithLogitsLoss
     assert is_ours(loss)
+    graph = torch.fx.symbolic_trace(
+        lambda x, y: F.binary_cross_entropy_with_logits(x, y) + F.binary_cross_entropy(x, y)
+    )
+    assert "torch.nn.functional.binary_cross_entropy_with_logits" in graph.code
+    checkpoint = io.BytesIO()
+    torch.save({"graph": graph, "loss": loss, "functions": FUNCTIONS}, checkpoint)
+    assert b"bce_ext" not in checkpoint.getvalue()
+    checkpoint.seek(0)
+    assert torch.load(checkpoint, weights_only=False)["functions"] == FUNCTIONS
 
 
 @pytest.mark.parametrize("subject", ["user_function", "module", "function"])
@@ -237,14 +383,39 @@ def test_compiled_code_follows(subject: str) -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_wrappers_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper that Dynamo takes for torch's function, as it does when it is there first; one that is made while routed; a transform."""
+    torch._dynamo.reset()
+    native = imported_early_with_logits
+    in_its_place = closure(native, 2.0)
+    rules = get_torch_obj_rule_map()
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", in_its_place)
+    monkeypatch.setitem(rules, in_its_place, rules[native])
+    monkeypatch.delitem(rules, native)
+    with bce_ext.fused():
+        made_while_routed = closure(native, 3.0)
+        batched = torch.func.vmap(native)
+    for callee in (lambda *args: F.binary_cross_entropy_with_logits(*args), made_while_routed, batched):
+        arguments = tuple(t.expand(4, 1) for t in TAIL) if callee is batched else TAIL
+        compiled = torch.compile(callee, fullgraph=True, backend="aot_eager")
+        for on in (False, True, False, True):
+            (bce_ext.enable if on else bce_ext.disable)()
+            torch.testing.assert_close(compiled(*arguments), callee(*arguments), rtol=0, atol=0)
+            assert bool((callee(*arguments) > 0).all()) == on
+    bce_ext.disable()
+    torch._dynamo.reset()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_compile_cache_on_disk_keeps_them_apart() -> None:
     """That cache knows functions of torch.nn.functional by their name alone, and answers when Dynamo starts anew, as it would in another process."""
     for on in (False, True, False, True):
         torch._dynamo.reset()
         (bce_ext.enable if on else bce_ext.disable)()
+        counters.clear()
         compiled = torch.compile(lambda x, y: F.binary_cross_entropy_with_logits(x, y), fullgraph=True)
         assert is_ours(compiled) == on
+        assert not counters["aot_autograd"]["autograd_cache_bypass"]  # both are cached
     torch._dynamo.reset()
 
 

@@ -14,15 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from callables import (
-    Loss,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import PYTHON_LOSSES, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -31,17 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 import bce_ext
 
-LOSSES = (module, functional, operator, probabilities_module, probabilities_functional, probabilities_operator)
-
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
-
 
 def make(
     loss: Loss, device: str, shape: tuple[int, ...] = (4, 6), dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    make_input = reference.make_logits if loss in LOSSES[:3] else reference.make_probabilities
-    return make_input(shape, dtype, device), reference.make_targets(shape, dtype, device)
+    return make_input(loss, shape, dtype, device), reference.make_targets(shape, dtype, device)
 
 
 class Logged(Tensor):
@@ -365,7 +351,7 @@ def _available_memory(device: str) -> int:
 def test_no_warnings_in_plain_use(device: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for loss in LOSSES:
+        for loss in PYTHON_LOSSES:
             input, target = make(loss, device)
             loss(input.requires_grad_(), target).backward()
 

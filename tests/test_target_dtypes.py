@@ -5,22 +5,11 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from callables import (
-    Loss,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import bce_ext
-
-WITH_LOGITS = (module, functional, operator)
-PROBABILITIES = (probabilities_module, probabilities_functional, probabilities_operator)
 
 INTEGERS = [
     torch.bool,
@@ -41,13 +30,6 @@ FLOAT8 = [
 ]
 
 both = pytest.mark.parametrize("loss", [functional, probabilities_functional], ids=lambda f: f.__name__)
-every_loss = pytest.mark.parametrize("loss", WITH_LOGITS + PROBABILITIES, ids=lambda f: f.__name__)
-every_reduction = pytest.mark.parametrize("reduction", reference.REDUCTIONS)
-
-
-def make_input(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    make = reference.make_logits if loss in WITH_LOGITS else reference.make_probabilities
-    return make(shape, dtype, device)
 
 
 def labels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

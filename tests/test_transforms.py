@@ -9,22 +9,13 @@ import pytest
 import reference
 import torch
 import torch.autograd.forward_ad as fwAD
-from callables import (
-    Loss,
-    function,
-    functional,
-    module,
-    operator,
-    probabilities_functional,
-    probabilities_module,
-    probabilities_operator,
-)
+from callables import PYTHON_PROBABILITIES, PYTHON_WITH_LOGITS, Loss, functional
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 FORMULAS: dict[str, tuple[Loss, ...]] = {
-    "with_logits": (module, functional, operator, function),
-    "probabilities": (probabilities_module, probabilities_functional, probabilities_operator),
+    "with_logits": PYTHON_WITH_LOGITS,
+    "probabilities": PYTHON_PROBABILITIES,
 }
 CALLS = [pytest.param(formula, loss, id=loss.__name__) for formula, losses in FORMULAS.items() for loss in losses]
 # One of each formula where a test takes long: the ways to call differ in what stands before the operator only.
@@ -164,7 +155,7 @@ def test_vmap_of_grad_gives_the_gradient_of_each_example(
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)
-@pytest.mark.parametrize(("formula", "loss"), [call for call in CALLS if call.id != "function"])
+@pytest.mark.parametrize(("formula", "loss"), CALLS)
 def test_forward_mode(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:
     case = Case(formula, loss, weighted, reduction, device)
     tangents = tuple(torch.randn_like(tensor) for tensor in case.tensors)
@@ -181,11 +172,8 @@ def test_forward_mode(formula: str, loss: Loss, weighted: str, reduction: str, d
 def test_gradcheck_in_all_modes(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:
     case = Case(formula, loss, weighted, reduction, device)
     leaves = tuple(tensor.clone().requires_grad_() for tensor in case.tensors)
-    forward = loss is not function  # a Function in Python with a context has no forward mode
-    assert gradcheck(
-        case.ours, leaves, check_forward_ad=forward, check_batched_grad=True, check_batched_forward_grad=forward
-    )
-    assert gradgradcheck(case.ours, leaves, check_fwd_over_rev=forward, check_batched_grad=True)
+    assert gradcheck(case.ours, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(case.ours, leaves, check_fwd_over_rev=True, check_batched_grad=True)
 
 
 @pytest.mark.parametrize("weighted", WEIGHTED)

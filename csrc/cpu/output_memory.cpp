@@ -11,14 +11,25 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/Exception.h>
 #include <sys/mman.h>
+#include <torch/library.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
+#include <chrono>
 #include <cstdint>
+#include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace bce_ext {
 namespace {
@@ -26,7 +37,24 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kHugePage = 2 * kMiB;
 constexpr size_t kSmallestKept = 1 * kMiB;  // below, the C library does as well
-constexpr size_t kMostOwned = 128 * kMiB;   // of all freed blocks together; what is above is nobody's
+
+// BCE_EXT_CACHE_MIB: of all freed blocks together; what is above is nobody's. 0: nothing is kept at all.
+size_t most_owned_from_environment() {
+  constexpr size_t kDefault = 128;
+  const char* const text = std::getenv("BCE_EXT_CACHE_MIB");
+  if (text == nullptr) return kDefault * kMiB;
+  const std::string_view value(text);
+  size_t mib = 0;
+  const auto [end, error] = std::from_chars(value.begin(), value.end(), mib);
+  if (error != std::errc() || end != value.end() || mib > std::numeric_limits<size_t>::max() / kMiB) {
+    TORCH_WARN("bce_ext: expected BCE_EXT_CACHE_MIB to be a whole number of MiB, but got \"", value, "\"; ", kDefault,
+               " is used");
+    return kDefault * kMiB;
+  }
+  return mib * kMiB;
+}
+
+const size_t most_owned = most_owned_from_environment();
 
 // A stretch of memory from c10::alloc_cpu with room for so many bytes of data, which start at a huge page if they fill
 // one.
@@ -78,7 +106,7 @@ bool is_whole(const Block& block) {
 }
 
 // Blocks that were freed, the latest last. A lock that is taken means that another thread is here, or was when this
-// process was forked: nobody ever waits for it, all can do without.
+// process was forked: nobody waits for it, who allocates and frees can do without.
 class FreedBlocks {
  public:
   FreedBlocks() { blocks_.reserve(kKept + 1); }  // freeing a tensor must not fail
@@ -107,8 +135,8 @@ class FreedBlocks {
 
   void put(Block block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return c10::free_cpu(block.start);
-    block.is_owned = block.capacity <= kMostOwned;
+    if (!lock || most_owned == 0) return c10::free_cpu(block.start);
+    block.is_owned = block.capacity <= most_owned;
     if (block.is_owned) {
       make_room(block.capacity);
       owned_ += block.capacity;
@@ -119,12 +147,21 @@ class FreedBlocks {
     if (blocks_.size() > kKept) remove(blocks_.begin());
   }
 
+  // Other threads are here for a moment only, unless the process was forked in that moment.
+  void clear() {
+    const std::unique_lock lock(mutex_, std::chrono::seconds(1));
+    if (!lock) return;
+    for (const Block& block : blocks_) c10::free_cpu(block.start);
+    blocks_.clear();
+    owned_ = 0;
+  }
+
  private:
   static constexpr size_t kKept = 4;  // the outputs of some losses of a model
 
   // Disowns the oldest blocks until so much more can be owned.
   void make_room(size_t capacity) {
-    for (auto block = blocks_.begin(); owned_ + capacity > kMostOwned;) {
+    for (auto block = blocks_.begin(); owned_ + capacity > most_owned;) {
       if (block->is_owned && !disown(*block)) {
         block = remove(block);
         continue;
@@ -141,7 +178,7 @@ class FreedBlocks {
     return blocks_.erase(block);
   }
 
-  std::mutex mutex_;
+  std::timed_mutex mutex_;
   std::vector<Block> blocks_;
   size_t owned_ = 0;  // bytes of the owned ones among them
 };
@@ -177,6 +214,14 @@ class OutputAllocator final : public c10::Allocator {
   }
 };
 
+// Gives the memory of freed outputs back to the system.
+void empty_cache() {
+  freed_blocks().clear();
+#ifdef __GLIBC__
+  malloc_trim(0);  // the C library keeps smaller blocks in turn
+#endif
+}
+
 }  // namespace
 
 at::Tensor empty_output(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
@@ -187,5 +232,7 @@ at::Tensor empty_output(at::IntArrayRef sizes, at::IntArrayRef strides, at::Scal
   constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
   return at::detail::empty_strided_generic(sizes, strides, &allocator, kCpu, dtype);
 }
+
+TORCH_LIBRARY_FRAGMENT(bce_ext, m) { m.def("empty_cache() -> ()", empty_cache); }
 
 }  // namespace bce_ext

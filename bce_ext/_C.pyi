@@ -1,7 +1,16 @@
+from typing import Any
+
 from torch import Tensor
 
 def build_info() -> dict[str, str | int | None]: ...
-def binary_cross_entropy_with_logits(
-    input: Tensor, target: Tensor, weight: Tensor | float | None, pos_weight: Tensor | float | None, reduction: int
-) -> Tensor: ...
-def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | float | None, reduction: int) -> Tensor: ...
+def bce(
+    function: str,
+    formula: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | float | None,
+    pos_weight: Tensor | float | None,
+    normalizer: Tensor | float | None,
+    options: tuple[float, ...],
+    reduction: int,
+) -> Any: ...

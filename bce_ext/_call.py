@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,41 +16,66 @@ from bce_ext import _C
 
 __all__ = ["Loss", "call", "reduction_number"]
 
+Number = float | None
+
 
 class Loss(NamedTuple):
-    """The function that a ``__torch_function__`` is told of, the operator, a short way to it, and what both call their operands behind input and target."""
+    """A loss: the function that a ``__torch_function__`` is told of, its operator, and the options of both."""
 
+    name: str
     function: Callable[..., Tensor]
     operator: Callable[..., Tensor]
-    short_way: Callable[..., Tensor]
-    names: tuple[str, ...]
+    formula: int  # its number in csrc/problem.h
+    options: dict[str, Number]  # with their defaults, in the order of the internal operators
 
     @classmethod
-    def of(cls, function: Callable[..., Tensor], *names: str) -> Loss:
+    def of(cls, function: Callable[..., Tensor], formula: int, **parameters: Number) -> Loss:
         name = function.__name__
-        return cls(function, getattr(torch.ops.bce_ext, name), getattr(_C, name), names)
+        options = {"label_smoothing": 0.0, "ignore_index": None, **parameters}
+        return cls(name, function, getattr(torch.ops.bce_ext, name), formula, options)
 
 
 def call(
-    loss: Loss, operands: tuple[Any, ...], reduction: str, size_average: bool | None = None, reduce: bool | None = None
+    loss: Loss,
+    operands: tuple[Any, ...],
+    options: tuple[Number, ...],
+    reduction: str,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
 ) -> Tensor:
-    """What every loss does outside of TorchScript. The operands are input, target and what ``loss.names`` has names for."""
+    """What every loss does outside of TorchScript.
+
+    The operands are input, target, weight, pos_weight and normalizer, the options those of ``loss.options``, or none where all of them are defaults.
+    """
     if has_torch_function(operands):
-        input, target, *rest = operands
-        options = dict(zip(loss.names, rest, strict=True), reduction=reduction)
         deprecated = {"size_average": size_average, "reduce": reduce}
-        options.update({name: value for name, value in deprecated.items() if value is not None})
-        return handle_torch_function(loss.function, operands, input, target, **options)
+        keywords = _given(loss, operands, options) | {
+            name: value for name, value in deprecated.items() if value is not None
+        }
+        return handle_torch_function(loss.function, operands, *operands[:2], reduction=reduction, **keywords)
     number = reduction_number(reduction, size_average, reduce)
-    if is_dynamo_compiling():  # which sees operators only
-        return loss.operator(*operands[:2], *map(_as_tensor, operands[2:]), number)
-    return loss.short_way(*operands, number)
+    if not is_dynamo_compiling():
+        numbers = tuple(math.nan if option is None else option for option in options)
+        input, target, weight, pos_weight, normalizer = operands
+        result = _C.bce(loss.name, loss.formula, input, target, weight, pos_weight, normalizer, numbers, number)
+        if result is not NotImplemented:
+            return result  # type: ignore[no-any-return]
+    # Compilers and tracers see public operators only.
+    tensors = (*operands[:2], *map(_as_tensor, operands[2:]))
+    return loss.operator(*operands[:2], reduction=number, **_given(loss, tensors, options))
 
 
 def reduction_number(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
     if size_average is not None or reduce is not None:
         return _Reduction.legacy_get_enum(size_average, reduce)
     return _Reduction.get_enum(reduction)
+
+
+def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Number, ...]) -> dict[str, Any]:
+    """The keyword arguments that are not at their defaults."""
+    by_name = zip(("weight", "pos_weight", "normalizer"), operands[2:], strict=True)
+    keywords = {name: operand for name, operand in by_name if operand is not None}
+    return keywords | {name: value for name, value in zip(loss.options, options) if value != loss.options[name]}  # noqa: B905
 
 
 def _as_tensor(weight: Tensor | float | None) -> Tensor | None:

@@ -90,7 +90,7 @@ def _register() -> None:
 
     def strategy(schema: OpSchema) -> OpStrategy:
         op = schema.op
-        arguments = [
+        arguments: list[Any] = [
             *schema.args_schema,
             *(each.default_value for each in op._schema.arguments[len(schema.args_schema) :]),
         ]

@@ -8,7 +8,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from bce_ext._call import Loss, call, reduction_number
 
-__all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
+__all__ = ["asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
 
 
 def binary_cross_entropy_with_logits(
@@ -19,6 +19,9 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between logits and targets, its gradient computed in the same pass.
 
@@ -38,6 +41,10 @@ def binary_cross_entropy_with_logits(
         reduce: deprecated, see ``reduction``.
         reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
         pos_weight: rescales the positive part; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
+        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
+        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
+            by the number of the others.
+        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
 
     Shape:
         ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -64,9 +71,20 @@ def binary_cross_entropy_with_logits(
         tensor(0.2014)
     """
     if not is_scripting():
-        return call(WITH_LOGITS, (input, target, weight, pos_weight), reduction, size_average, reduce)
+        operands = (input, target, weight, pos_weight, normalizer)
+        options = _options(label_smoothing, ignore_index)
+        return call(WITH_LOGITS, operands, options, reduction, size_average, reduce)
     number = reduction_number(reduction, size_average, reduce)
-    return torch.ops.bce_ext.binary_cross_entropy_with_logits(input, target, weight, pos_weight, number)  # type: ignore[no-any-return]
+    return torch.ops.bce_ext.binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
+        input,
+        target,
+        weight,
+        pos_weight,
+        number,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+    )
 
 
 def binary_cross_entropy(
@@ -76,6 +94,9 @@ def binary_cross_entropy(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between probabilities and targets, its gradient computed in the same pass.
 
@@ -95,6 +116,10 @@ def binary_cross_entropy(
         size_average: deprecated, see ``reduction``.
         reduce: deprecated, see ``reduction``.
         reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
+        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
+        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
+            by the number of the others.
+        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
 
     Shape:
         ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -117,11 +142,180 @@ def binary_cross_entropy(
         tensor(0.2877)
     """
     if not is_scripting():
-        return call(PROBABILITIES, (input, target, weight), reduction, size_average, reduce)
+        operands = (input, target, weight, None, normalizer)
+        options = _options(label_smoothing, ignore_index)
+        return call(PROBABILITIES, operands, options, reduction, size_average, reduce)
     number = reduction_number(reduction, size_average, reduce)
-    return torch.ops.bce_ext.binary_cross_entropy(input, target, weight, number)  # type: ignore[no-any-return]
+    return torch.ops.bce_ext.binary_cross_entropy(  # type: ignore[no-any-return]
+        input,
+        target,
+        weight,
+        number,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+    )
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    r"""Focal loss of logits, its gradient computed in the same pass: the signature and the values of :func:`torchvision.ops.sigmoid_focal_loss`.
+
+    With logit :math:`x`, target :math:`y`, weight :math:`w` and positive weight :math:`p`, an element contributes
+
+    .. math::
+        \ell(x, y) = w \, \alpha_y \, u^\gamma \left[ (1 - y) \operatorname{softplus}(x) + p\, y \operatorname{softplus}(-x) \right], \qquad
+        u = (1 - y)\, \sigma(x) + y\, \sigma(-x), \qquad \alpha_y = \alpha y + (1 - \alpha)(1 - y).
+
+    Gradients are finite for every :math:`\gamma \ge 0` at every logit, also where :math:`u` underflows.
+
+    Args:
+        inputs: logits of any shape, float64, float32, bfloat16 or float16.
+        targets: the same shape: bool, integer (0 or 1) or floating.
+        alpha: the weight of the positive class, in :math:`[0, 1]`; -1 leaves :math:`\alpha_y` out.
+        gamma: the exponent of the focusing factor, at least 0.
+        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
+        weight: rescales the loss of each element; broadcasts to the shape of ``inputs``. A tensor of any real dtype, or a number.
+        pos_weight: rescales the positive part; broadcasts to the shape of ``inputs``. A tensor of any real dtype, or a number.
+        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
+        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
+            by the number of the others.
+        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
+
+    Shape:
+        ``inputs`` and ``targets``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
+
+    Returns:
+        The loss, in the promoted dtype of ``inputs`` and a floating ``targets``. An empty input has mean NaN and sum 0.
+
+    Raises:
+        ValueError: ``targets`` has another size than ``inputs``, ``reduction`` is unknown, or ``alpha`` or ``gamma`` is out of range.
+        RuntimeError: a weight does not broadcast, the devices differ, or an integer target is neither 0 nor 1.
+        NotImplementedError: ``inputs`` is not of a floating dtype.
+
+    Note:
+        Precision and determinism as for :func:`binary_cross_entropy_with_logits`. From Lin et al., Focal Loss for Dense Object Detection, 2017.
+
+    Example::
+
+        >>> inputs = torch.tensor([-2.0, 0.0, 2.0])
+        >>> sigmoid_focal_loss(inputs, torch.tensor([0, 1, 1]))
+        tensor([0.0014, 0.0433, 0.0005])
+    """
+    if not is_scripting():
+        options = (label_smoothing, ignore_index, alpha, gamma)
+        return call(FOCAL, (inputs, targets, weight, pos_weight, normalizer), options, reduction)
+    return torch.ops.bce_ext.sigmoid_focal_loss(  # type: ignore[no-any-return]
+        inputs,
+        targets,
+        alpha,
+        gamma,
+        reduction_number(reduction, None, None),
+        weight=weight,
+        pos_weight=pos_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+    )
+
+
+def asymmetric_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float = 0.05,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    normalizer: Tensor | None = None,
+    detach_focusing: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    r"""Asymmetric loss of logits (ASL) for many labels, its gradient computed in the same pass: the formula of timm.
+
+    With logit :math:`x`, target :math:`y`, weight :math:`w`, positive weight :math:`p`, :math:`P = \sigma(x)` and
+    :math:`Q = \min(\sigma(-x) + \mathrm{clip},\ 1)`, an element contributes
+
+    .. math::
+        \ell(x, y) = -w \left[ p\, y \log \max(P, \varepsilon) + (1 - y) \log \max(Q, \varepsilon) \right]
+        \left[ y (1 - P) + (1 - y)(1 - Q) \right]^{\gamma_+ y + \gamma_- (1 - y)}.
+
+    Args:
+        input: logits of any shape, float64, float32, bfloat16 or float16.
+        target: the same shape: bool, integer (0 or 1) or floating.
+        gamma_neg: the exponent of the focusing factor of negatives, at least 0.
+        gamma_pos: the exponent of the focusing factor of positives, at least 0.
+        clip: the margin by which probabilities of negatives are shifted, in :math:`[0, 1)`. Easier negatives have no loss.
+        weight: rescales the loss of each element; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
+        pos_weight: rescales the positive part; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
+        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
+        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
+        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
+            by the number of the others.
+        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
+        detach_focusing: whether the focusing factor is taken for a constant in the gradients.
+        eps: the smallest probability in a logarithm.
+
+    Shape:
+        ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
+
+    Returns:
+        The loss, in the promoted dtype of ``input`` and a floating ``target``. An empty input has mean NaN and sum 0.
+
+    Raises:
+        ValueError: ``target`` has another size than ``input``, ``reduction`` is unknown, or a parameter is out of range.
+        RuntimeError: a weight does not broadcast, the devices differ, or an integer target is neither 0 nor 1.
+        NotImplementedError: ``input`` is not of a floating dtype.
+
+    Note:
+        Precision and determinism as for :func:`binary_cross_entropy_with_logits`. From Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2021.
+
+    Example::
+
+        >>> input = torch.tensor([-4.0, 0.0, 2.0])
+        >>> asymmetric_loss(input, torch.tensor([0, 1, 1]), reduction="none")
+        tensor([0.0000, 0.3466, 0.0151])
+    """
+    if not is_scripting():
+        options = (label_smoothing, ignore_index, gamma_neg, gamma_pos, clip, eps, float(detach_focusing))
+        return call(ASYMMETRIC, (input, target, weight, pos_weight, normalizer), options, reduction)
+    return torch.ops.bce_ext.asymmetric_loss(  # type: ignore[no-any-return]
+        input,
+        target,
+        gamma_neg,
+        gamma_pos,
+        clip,
+        reduction_number(reduction, None, None),
+        weight=weight,
+        pos_weight=pos_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        detach_focusing=detach_focusing,
+        eps=eps,
+    )
+
+
+def _options(label_smoothing: float, ignore_index: float | None) -> tuple[float | None, ...]:
+    """Most calls have none, and small losses are bound by what a call costs."""
+    return () if label_smoothing == 0.0 and ignore_index is None else (label_smoothing, ignore_index)
 
 
 # How the losses are called outside of TorchScript.
-WITH_LOGITS = Loss.of(binary_cross_entropy_with_logits, "weight", "pos_weight")
-PROBABILITIES = Loss.of(binary_cross_entropy, "weight")
+WITH_LOGITS = Loss.of(binary_cross_entropy_with_logits, 0)
+PROBABILITIES = Loss.of(binary_cross_entropy, 1)
+FOCAL = Loss.of(sigmoid_focal_loss, 2, alpha=0.25, gamma=2.0)
+ASYMMETRIC = Loss.of(asymmetric_loss, 3, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, eps=1e-8, detach_focusing=0.0)

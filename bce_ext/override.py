@@ -193,13 +193,15 @@ def _with_logits(
 ) -> Tensor:
     import bce_ext.override as ours
 
-    return ours.call(ours.ROUTE.with_logits.loss, (input, target, weight, pos_weight), reduction, size_average, reduce)
+    operands = (input, target, weight, pos_weight, None)
+    return ours.call(ours.ROUTE.with_logits.loss, operands, (), reduction, size_average, reduce)
 
 
 def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, reduce: Any, reduction: Any) -> Tensor:
     import bce_ext.override as ours
 
-    return ours.call(ours.ROUTE.probabilities.loss, (input, target, weight), reduction, size_average, reduce)
+    operands = (input, target, weight, None, None)
+    return ours.call(ours.ROUTE.probabilities.loss, operands, (), reduction, size_average, reduce)
 
 
 ROUTE: _Route = getattr(F, _Route.KEY, None) or _Route()

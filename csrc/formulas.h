@@ -236,7 +236,7 @@ struct Focal {
 //   L    = -[p*y * log(max(P, eps)) + (1-y) * log(max(Q, eps))]
 //   u    = y * (1-P) + (1-y) * (1-Q)
 //   loss = w * L * u^g  with  g = gamma_pos * y + gamma_neg * (1-y)
-// The gradient with respect to x has no part through u where focusing is detached; that of a bounded part is 0.
+// Gradients have no part through u where focusing is detached; that of a bounded part is 0.
 template <typename Scalar>
 struct Asymmetric {
   static constexpr bool kJoinsLogarithms = false;

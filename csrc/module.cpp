@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -76,45 +77,26 @@ OptionalTensor as_weight(py::handle value, const char* function, const char* arg
   return as_tensor(value, function, argument);
 }
 
-py::object wrap(at::Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
-py::object wrap(OptionalTensor tensor) { return tensor ? wrap(*std::move(tensor)) : py::none(); }
-
-// torch.jit.trace records what goes through torch.ops.
-py::object named_operator(const char* name) {
-  return py::module_::import("torch").attr("ops").attr("bce_ext").attr(name);
-}
-
-py::object binary_cross_entropy_with_logits(py::handle input, py::handle target, py::handle weight,
-                                            py::handle pos_weight, int64_t reduction) {
-  constexpr auto kName = "binary_cross_entropy_with_logits";
+// The loss `function`: bce_ext::_bce. NotImplemented under torch.jit.trace, which records what goes through torch.ops.
+py::object bce(const char* function, int64_t formula, py::handle input, py::handle target, py::handle weight,
+               py::handle pos_weight, py::handle normalizer, const py::tuple& options, int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "")
+                             .findSchemaOrThrow("bce_ext::_bce", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                               const OptionalTensor&, int64_t)>();
-  const at::Tensor& x = as_tensor(input, kName, "input");
-  const at::Tensor& y = as_tensor(target, kName, "target");
-  const OptionalTensor w = as_weight(weight, kName, "weight");
-  const OptionalTensor p = as_weight(pos_weight, kName, "pos_weight");
-  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, wrap(w), wrap(p), reduction);
+                                               const OptionalTensor&, const OptionalTensor&, int64_t,
+                                               at::ArrayRef<double>, int64_t, std::optional<at::ScalarType>)>();
+  const at::Tensor& x = as_tensor(input, function, "input");
+  const at::Tensor& y = as_tensor(target, function, "target");
+  const OptionalTensor w = as_weight(weight, function, "weight");
+  const OptionalTensor p = as_weight(pos_weight, function, "pos_weight");
+  const OptionalTensor n = as_weight(normalizer, function, "normalizer");
+  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  c10::SmallVector<double, 8> numbers;
+  for (const py::handle& option : options) numbers.push_back(option.cast<double>());
   py::gil_scoped_release no_gil;
-  at::Tensor loss = op.call(x, y, w, p, reduction);
+  at::Tensor loss = op.call(x, y, w, p, n, formula, numbers, reduction, std::nullopt);
   py::gil_scoped_acquire gil;
-  return wrap(std::move(loss));
-}
-
-py::object binary_cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction) {
-  constexpr auto kName = "binary_cross_entropy";
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bce_ext::binary_cross_entropy", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t)>();
-  const at::Tensor& q = as_tensor(input, kName, "input");
-  const at::Tensor& y = as_tensor(target, kName, "target");
-  const OptionalTensor w = as_weight(weight, kName, "weight");
-  if (torch::jit::tracer::isTracing()) return named_operator(kName)(input, target, wrap(w), reduction);
-  py::gil_scoped_release no_gil;
-  at::Tensor loss = op.call(q, y, w, reduction);
-  py::gil_scoped_acquire gil;
-  return wrap(std::move(loss));
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
 }
 
 }  // namespace
@@ -122,7 +104,6 @@ py::object binary_cross_entropy(py::handle input, py::handle target, py::handle 
 // Free-threaded Pythons need no lock here: statics are initialized once, and no object is shared between calls.
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "What the binary of bce_ext was built with, and a short way to its operators.";
-  module.def("binary_cross_entropy_with_logits", torch::wrap_pybind_function(binary_cross_entropy_with_logits));
-  module.def("binary_cross_entropy", torch::wrap_pybind_function(binary_cross_entropy));
+  module.def("bce", torch::wrap_pybind_function(bce));
   module.def("build_info", &build_info, "Facts of the loaded binary: torch, compiler, instruction set, CUDA.");
 }

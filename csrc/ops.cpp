@@ -31,8 +31,8 @@ bool is_arithmetic(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
-const char* name_of(const Arguments& arguments) {
-  switch (arguments.kind()) {
+const char* name_of(Formula formula) {
+  switch (formula) {
     case Formula::WithLogits:
       return "binary_cross_entropy_with_logits";
     case Formula::Probabilities:

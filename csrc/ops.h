@@ -78,7 +78,8 @@ void check_grad_output(const Tensor& grad_output, const Arguments& arguments);
 // That the memory which sizes and strides describe is there. A storage can be freed or cut under a tensor.
 void check_storage(const Tensor& tensor, const char* name);
 
-const char* name_of(const Arguments& arguments);
+const char* name_of(Formula formula);
+inline const char* name_of(const Arguments& arguments) { return name_of(arguments.kind()); }
 
 // The dtype of the loss: that of input and target promoted, where an integral or bool target counts for nothing.
 at::ScalarType loss_dtype(const Arguments& arguments);

@@ -75,11 +75,11 @@ class FirstInvalid {
                   " should be between 0 and 1, but one is ", element_.value);
     }
     if (problem.ignores) {
-      TORCH_CHECK(false, "expected bool and integer targets to be 0, 1 or ignore_index (", problem.ignore_index,
-                  "), but one is ", element_.value);
+      TORCH_CHECK(false, name_of(problem.formula), ": expected bool and integer targets to be 0, 1 or ignore_index (",
+                  problem.ignore_index, "), but one is ", element_.value);
     }
-    TORCH_CHECK(false, "expected bool and integer targets to be 0 or 1, but one is ", element_.value,
-                "; floating targets may have any value");
+    TORCH_CHECK(false, name_of(problem.formula), ": expected bool and integer targets to be 0 or 1, but one is ",
+                element_.value, "; floating targets may have any value");
   }
 
  private:

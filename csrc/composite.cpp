@@ -229,6 +229,11 @@ std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const 
   return {std::move(grad_input), std::move(grad_target)};
 }
 
+Tensor composite_count_valid(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
+  return (target != ignore_index).sum(at::kDouble);
+}
+
 namespace {
 
 Tensor bce_composite(const Arguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
@@ -244,20 +249,15 @@ std::tuple<Tensor, Tensor> backward_composite(const Arguments& arguments, const 
   return composite_backward(arguments, grad_output, divisor, output_mask);
 }
 
-Tensor count_valid_composite(const Tensor& target, double ignore_index) {
-  check_count(target, ignore_index);
-  return (target != ignore_index).sum(at::kDouble);
-}
-
 }  // namespace
 
 // vmap: batching the formula is batching its ATen operations. The loss of each example is reduced by itself.
 TORCH_LIBRARY_IMPL(bce_ext, FuncTorchBatched, m) {
   m.impl("_bce", Flat<bce_composite>::call);
   m.impl("_bce_backward", Flat<backward_composite>::call);
-  m.impl("_count_valid", count_valid_composite);
+  m.impl("_count_valid", composite_count_valid);
 }
 
-TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) { m.impl("_count_valid", count_valid_composite); }
+TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) { m.impl("_count_valid", composite_count_valid); }
 
 }  // namespace bce_ext

@@ -14,4 +14,6 @@ Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarT
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,
                                               const c10::SymInt& divisor, std::array<bool, 2> output_mask);
 
+Tensor composite_count_valid(const Tensor& target, double ignore_index);
+
 }  // namespace bce_ext

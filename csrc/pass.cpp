@@ -48,7 +48,8 @@ struct Dimension {
   c10::SmallVector<int64_t, 5> strides;  // of every bound tensor
 };
 
-// A number as a target of this dtype holds it: 0.1 is another one in float32.
+}  // namespace
+
 double as_label(double number, at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -61,6 +62,8 @@ double as_label(double number, at::ScalarType dtype) {
       return number;
   }
 }
+
+namespace {
 
 bool continues(const Dimension& outer, const Dimension& inner) {
   for (size_t i = 0; i < outer.strides.size(); ++i) {

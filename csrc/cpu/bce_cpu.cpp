@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../composite.h"
 #include "../pass_operators.h"
 #include "block_kernel.h"
 #include "element_types.h"
@@ -143,11 +144,28 @@ void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
   if (!is_one) grad.mul_(grad_output);
 }
 
+Tensor count_valid_cpu(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
+  const at::ScalarType dtype = target.scalar_type();
+  // The order of the elements does not matter; memory that holds other elements too does, and 8-bit floats.
+  if (!target.is_non_overlapping_and_dense() || !is_aligned(target) || (at::isFloat8Type(dtype))) {
+    return composite_count_valid(target, ignore_index);
+  }
+  Problem problem;
+  problem.counts = true;
+  problem.compute_in_double = dtype == at::kDouble;
+  problem.ignore_index = as_label(ignore_index, dtype);
+  problem.numel = target.numel();
+  problem.target = flat_operand(target);
+  return number(run_chunks(problem), at::kDouble);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, CPU, m) {
   register_pass_operators<Cpu>(m);
   m.impl("_scale_grad_", scale_grad_cpu);
+  m.impl("_count_valid", count_valid_cpu);
 }
 
 }  // namespace bce_ext

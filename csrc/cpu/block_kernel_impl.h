@@ -196,6 +196,21 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   return result;
 }
 
+template <typename T>
+BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, int64_t end) {
+  OperandReader<T> target(problem, problem.target, end - begin);
+  const T ignored = static_cast<T>(problem.ignore_index);
+  int64_t count = 0;
+  for (int64_t at = begin; at < end; at += kBlock<T>) {
+    const int64_t n = smaller(kBlock<T>, end - at);
+    const T* y = target.block(at, n);
+    for (int64_t i = 0; i < n; ++i) count += y[i] != ignored;
+  }
+  ChunkResult result;
+  result.sum = static_cast<double>(count);
+  return result;
+}
+
 template <template <typename> typename Formula>
 BCE_EXT_TARGET ChunkKernel select_compute_type(const Problem& problem) {
   return problem.compute_in_double ? evaluate_chunk<double, Formula<double>> : evaluate_chunk<float, Formula<float>>;
@@ -204,6 +219,7 @@ BCE_EXT_TARGET ChunkKernel select_compute_type(const Problem& problem) {
 }  // namespace
 
 ChunkKernel select_chunk_kernel(const Problem& problem) {
+  if (problem.counts) return problem.compute_in_double ? count_valid<double> : count_valid<float>;
   switch (problem.formula) {
     case Formula::Probabilities:
       return select_compute_type<Probabilities>(problem);

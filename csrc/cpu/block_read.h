@@ -168,7 +168,10 @@ struct Stream {
   const char* data;
   int64_t bytes;
 
-  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const { __builtin_prefetch(data + element * bytes); }
+  BCE_EXT_HOST_DEVICE void prefetch(
+      int64_t element) const {  // Into the second-level cache, where more lines can be under way at a time.
+    __builtin_prefetch(data + element * bytes, /*rw=*/0, /*locality=*/2);
+  }
 };
 
 // Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a

@@ -84,6 +84,9 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   if (grad_output.layout() != at::kStrided) {
     return differentiable_backward(arguments, grad_output.to_dense(), std::move(divisor), output_mask);
   }
+  // Memory that was there in the forward pass may be gone.
+  check_arguments(arguments);
+  check_grad_output(grad_output, arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
   const bool is_stored_only = output_mask[1] && !is_arithmetic(arguments.target.scalar_type());  // an 8-bit float
   if (differentiable || is_stored_only || has_tangent(grad_output) || needs_composite(arguments)) {
@@ -196,8 +199,6 @@ Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at:
 
 std::tuple<Tensor, Tensor> backward_autograd(const Arguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
                                              std::array<bool, 2> output_mask) {
-  check_arguments(arguments);
-  if (grad_output.layout() == at::kStrided) check_grad_output(grad_output, arguments);
   return differentiable_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
 

@@ -190,8 +190,9 @@ Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarT
   check_labels(arguments);
   const Tensor loss = elementwise_loss(arguments, Operands(arguments, dtype));
   if (reduction == at::Reduction::None) return loss.to(dtype);
-  if (reduction == at::Reduction::Mean && !is_defined(arguments.normalizer)) return loss.mean().to(dtype);
-  return divided(loss.sum(), arguments, 1).to(dtype);
+  // Sums are taken in float64, as in the kernels; not every device without kernels has it.
+  const Tensor sum = has_kernel(arguments.input) ? loss.sum(at::kDouble) : loss.sum();
+  return divided(sum, arguments, divisor_of(arguments, reduction)).to(dtype);
 }
 
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,

@@ -196,8 +196,8 @@ struct Focal {
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
       : gamma(static_cast<Scalar>(parameters[1])),
-        alpha_at_0(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])),
-        alpha_slope(static_cast<Scalar>(parameters[0] < 0 ? 0.0 : 2.0 * parameters[0] - 1.0)) {}
+        alpha_positive(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : parameters[0])),
+        alpha_negative(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])) {}
 
   template <typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
@@ -212,7 +212,7 @@ struct Focal {
     const T negative = T(1) - y;
     const T u = math::select(below, negative, y) * entropy.smaller + math::select(below, y, negative) * larger;
     const Focus<T> focused = focus(u, gamma);
-    const T alpha = y * T(alpha_slope) + T(alpha_at_0);
+    const T alpha = y * T(alpha_positive) + negative * T(alpha_negative);
     const T slope_of_power = T(gamma) * focused.previous;
     const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
     const T by_input = slope_of_power * (T(1) - (y + y)) * math::weighted(product, entropy.loss);
@@ -222,13 +222,14 @@ struct Focal {
     terms.linear = T(0);
     terms.loss = math::weighted(alpha * focused.power, entropy.loss);
     terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
-    terms.grad_target = math::weighted(T(alpha_slope) * focused.power + alpha * by_share, entropy.loss) +
-                        math::weighted(alpha * focused.power, entropy.grad_target);
+    terms.grad_target =
+        math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
+        math::weighted(alpha * focused.power, entropy.grad_target);
     return weighted(w, scale, terms);
   }
 
   Scalar gamma;
-  Scalar alpha_at_0, alpha_slope;  // A is a line over y
+  Scalar alpha_positive, alpha_negative;
 };
 
 // Asymmetric loss of a logit x against a target y, with weight w and pos_weight p, as timm defines it:

@@ -17,12 +17,20 @@ std::optional<double> Arguments::ignore_index() const {
   return options[1];
 }
 
-bool is_plain(const Tensor& tensor) {
+namespace {
+
+// Whether the tensor holds memory itself: no subclass, no wrapper of a transform.
+bool holds_memory(const Tensor& tensor) {
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
                                          c10::DispatchKey::FuncTorchGradWrapper});
-  return !tensor.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         tensor.layout() == at::kStrided;
+  return !tensor.key_set().has_any(wrapped) && tensor.layout() == at::kStrided;
+}
+
+}  // namespace
+
+bool is_plain(const Tensor& tensor) {
+  return holds_memory(tensor) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 bool is_hard_label(at::ScalarType target_dtype) { return at::isIntegralType(target_dtype, /*includeBool=*/true); }
@@ -170,7 +178,7 @@ auto call(const Operator& op, const Arguments& arguments, Rest&&... rest) {
 void check_storage(const Tensor& tensor, const char* name) {
   // What is no memory of its own has nothing to check: a subclass, a meta tensor, a transform's wrapper. The operations
   // of ATen that these end in read memory as they do for native.
-  if (!(tensor.is_cpu() || tensor.is_cuda()) || !is_plain(tensor) || !tensor.has_storage() || tensor.numel() == 0) {
+  if (!(tensor.is_cpu() || tensor.is_cuda()) || !holds_memory(tensor) || !tensor.has_storage() || tensor.numel() == 0) {
     return;
   }
   int64_t last = tensor.storage_offset();

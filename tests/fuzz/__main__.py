@@ -66,7 +66,10 @@ def run_all(options: argparse.Namespace) -> int:
             directory.mkdir()
             command = [sys.executable, "-m", "fuzz", "--serve", str(share), str(shares), "--directory", str(directory)]
             command += ["--cases", str(options.cases), "--seed", str(options.seed)]
-            environment = os.environ | {"ATEN_CPU_CAPABILITY": names[share % len(names)].lower(), "OMP_WAIT_POLICY": "passive"}
+            environment = os.environ | {
+                "ATEN_CPU_CAPABILITY": names[share % len(names)].lower(),
+                "OMP_WAIT_POLICY": "passive",
+            }
             servers.append(subprocess.Popen(command, env=environment))
         boards = [Board(directory / "board") for directory in directories]
         with tqdm(total=options.cases, unit=" cases", mininterval=2, dynamic_ncols=True) as bar:
@@ -80,13 +83,18 @@ def run_all(options: argparse.Namespace) -> int:
             if (directory / "reports").exists()
             for line in (directory / "reports").read_text().splitlines()
         ]
-        counts = {o.name: [sum(column) for column in zip(*(b.counts()[o.name] for b in boards), strict=True)] for o in operators()}
+        counts = {
+            o.name: [sum(column) for column in zip(*(b.counts()[o.name] for b in boards), strict=True)]
+            for o in operators()
+        }
         done = sum(board.numbers[2] for board in boards)
     print_failures(failures)
     print_counts(counts)
     problems = problems_of(counts, [server.returncode for server in servers], done, options.cases)
     print("\n".join(problems))
-    print(f"{done} cases of seed {options.seed} on {', '.join(names)} in {time.monotonic() - start:.0f} s: {len(failures)} failed.")
+    print(
+        f"{done} cases of seed {options.seed} on {', '.join(names)} in {time.monotonic() - start:.0f} s: {len(failures)} failed."
+    )
     return 1 if failures or problems else 0
 
 

@@ -22,11 +22,18 @@ REDUCTIONS = {number: name for name, number in reference.REDUCTION_NUMBER.items(
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Real numbers in memory, finite: an operand for which the answer is known."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+    ):
         return False
-    if tensor.dtype not in reference.FLOATING_DTYPES and (tensor.is_complex() or tensor.is_quantized or tensor.is_floating_point()):
+    if tensor.dtype not in reference.FLOATING_DTYPES and (
+        tensor.is_complex() or tensor.is_quantized or tensor.is_floating_point()
+    ):
         return False
-    if tensor.untyped_storage().nbytes() == 0 or tensor.dtype in (torch.bits8, torch.bits16):
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
         return False
     try:
         return bool(tensor.double().isfinite().all())
@@ -46,13 +53,21 @@ def wrong_answer(operator: str, variables: dict[str, Any]) -> str | None:
     formula = FORMULAS[operator]
     terms = formula(*[given[name] for name in formula.__code__.co_varnames[: formula.__code__.co_argcount]])
     expected = reference.reduced(terms, REDUCTIONS[variables.get("reduction", 1)])
-    if not math.isfinite(float(expected.loss_scale.sum())):
-        return None
     arithmetic = reference.arithmetic_dtype(given["input"].dtype, given["target"].dtype)
-    try:
-        reference.assert_rounded_once(
-            result.detach(), expected.loss, expected.loss_scale, arithmetic, ulps=16, what="loss"
-        )
-    except AssertionError as error:
-        return f"loss: {error}"
+    answers = {"loss": (result, expected.loss, expected.loss_scale)}
+    if all(isinstance(x, Tensor) and bool((x == 1).all()) for x in variables.get("grad_outputs", [None])):
+        for tensor, gradient in zip(variables["inputs"], variables.get("grads", ()), strict=False):
+            if tensor is given["input"]:
+                answers["gradient of input"] = (gradient, expected.grad_input, expected.grad_input_scale)
+            elif tensor is given["target"]:
+                answers["gradient of target"] = (gradient, expected.grad_target, expected.grad_target_scale)
+    for what, (actual, right, scale) in answers.items():
+        if not math.isfinite(float(scale.sum())):
+            continue
+        if actual is None:
+            return f"{what}: there is none"
+        try:
+            reference.assert_rounded_once(actual.detach(), right, scale, arithmetic, ulps=16, what=what)
+        except AssertionError as error:
+            return str(error)
     return ""

@@ -63,14 +63,20 @@ def run(case: Case, at: Callable[[Stage], None] = lambda stage: None) -> Verdict
             if isinstance(error, CLEAN) and not INTERNAL.search(str(error)):
                 return Verdict(Outcome.RAISED, details=f"{type(error).__name__}: {error}")
             name = type(error).__name__
-            return Verdict(Outcome.FAILED, f"{name}: {_general(str(error))}", "".join(traceback.format_exception(error)))
+            return Verdict(
+                Outcome.FAILED, f"{name}: {_general(str(error))}", "".join(traceback.format_exception(error))
+            )
         at(Stage.ANSWER)
         if not case.has_answer:
             return Verdict(Outcome.RETURNED)
         wrong = wrong_answer(case.operator, variables)
     if wrong is None:
         return Verdict(Outcome.RETURNED)
-    return Verdict(Outcome.FAILED, f"wrong answer: {wrong.partition(':')[0]}", wrong) if wrong else Verdict(Outcome.COMPARED)
+    return (
+        Verdict(Outcome.FAILED, f"wrong answer: {wrong.partition(':')[0]}", wrong)
+        if wrong
+        else Verdict(Outcome.COMPARED)
+    )
 
 
 def _general(message: str) -> str:

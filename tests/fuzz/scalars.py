@@ -10,9 +10,53 @@ from .schemas import Argument
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 LOSS_DTYPES = ("torch.float32", "torch.float64", "torch.bfloat16", "torch.float16")
 
-EXTREME_INTS = (-(2**63), -(2**63) + 1, -(2**31), -255, -100, -2, -1, 4, 7, 100, 127, 255, 999, 2**31, 2**53 + 1, 2**63 - 1)
-EXTREME_FLOATS = (-1e308, -1.0, -1e-320, -0.0, 1e-320, 1e-8, 1.5, 5.0, 1e38, 1e308, float("inf"), float("-inf"), float("nan"))
-WRONG_TYPES = ("None", "1", "0.5", "'a string'", "[1]", "[]", "True", "torch.rand(2)", "torch.float32", "object()", "2j", "10**30")
+EXTREME_INTS = (
+    -(2**63),
+    -(2**63) + 1,
+    -(2**31),
+    -255,
+    -100,
+    -2,
+    -1,
+    4,
+    7,
+    100,
+    127,
+    255,
+    999,
+    2**31,
+    2**53 + 1,
+    2**63 - 1,
+)
+EXTREME_FLOATS = (
+    -1e308,
+    -1.0,
+    -1e-320,
+    -0.0,
+    1e-320,
+    1e-8,
+    1.5,
+    5.0,
+    1e38,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+)
+WRONG_TYPES = (
+    "None",
+    "1",
+    "0.5",
+    "'a string'",
+    "[1]",
+    "[]",
+    "True",
+    "torch.rand(2)",
+    "torch.float32",
+    "object()",
+    "2j",
+    "10**30",
+)
 
 
 def _int(draw: Draw) -> str:

@@ -51,9 +51,7 @@ def _operator(schema: Any) -> Operator:
     name = schema.name.removeprefix(f"{NAMESPACE}::")
     return Operator(
         f"{name}.{schema.overload_name}" if schema.overload_name else name,
-        tuple(
-            Argument(a.name, str(a.real_type), a.N, a.has_default_value(), a.kwarg_only) for a in schema.arguments
-        ),
+        tuple(Argument(a.name, str(a.real_type), a.N, a.has_default_value(), a.kwarg_only) for a in schema.arguments),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -71,6 +72,7 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.disable()  # of pytest, which would tell of a death at length
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the end, also where no Python code gets to run
         try:
             work()
@@ -104,7 +106,9 @@ def death(status: int, log: str) -> tuple[str, str]:
 def _without_template(frame: str) -> str:
     """The function and file of a frame "type name<...>(...) at file:line", for all instruction sets the same."""
     function, _, place = frame.rpartition(" at ")
-    plain = re.sub(r"[<(].*", "", re.sub(r"\(anonymous namespace\)::|bce_ext::|baseline::|avx2::|avx512::", "", function))
+    plain = re.sub(
+        r"[<(].*", "", re.sub(r"\(anonymous namespace\)::|bce_ext::|baseline::|avx2::|avx512::", "", function)
+    )
     return f"{plain.split()[-1] if plain.split() else function} at {place.partition(':')[0]}"
 
 
@@ -184,7 +188,9 @@ class Server:
                     smallest = shrink(case, lambda other: failure_of(other, self.directory)[0] == failure.what)
                     failure.program = str(smallest)
             else:
-                failure.details += "\nThe case alone does not fail: what fails is the process after the cases before it."
+                failure.details += (
+                    "\nThe case alone does not fail: what fails is the process after the cases before it."
+                )
         with (self.directory / "reports").open("a") as reports:
             reports.write(json.dumps(asdict(failure)) + "\n")
 

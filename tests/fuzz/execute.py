@@ -80,5 +80,7 @@ def run(case: Case, at: Callable[[Stage], None] = lambda stage: None) -> Verdict
 
 
 def _general(message: str) -> str:
-    """The first line of a message without its numbers, by which failures are grouped."""
-    return re.sub(r"-?\d+", "#", message.strip().splitlines()[0])[:160] if message.strip() else ""
+    """The line of a message that tells, without its numbers: by it failures are grouped."""
+    lines = message.strip().splitlines() or [""]
+    line = next((line for line in lines if INTERNAL.search(line)), lines[0])
+    return re.sub(r"-?\d+", "#", line)[:160]

@@ -53,6 +53,7 @@ def invalid_sparse(draw: Draw, x: TensorSource) -> None:
     rows, columns = (*x.shape, 3, 4)[:2] if len(x.shape) > 1 else (3, 4)
     low, high = draw.pick(((0, max(columns, 1)), (-5, 2 * columns + 5), (-(2**62), 2**62)))
     count = draw.randint(0, 6)
+    x.is_final = True
     index = draw.pick(("int64", "int32"))
     if draw.chance(0.5):
         x.do(

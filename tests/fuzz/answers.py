@@ -81,7 +81,9 @@ def wrong_answer(operator: str, variables: dict[str, Any]) -> str | None:
     expected = expected_terms(operator, variables)
     arithmetic = reference.arithmetic_dtype(input.dtype, target.dtype)
     answers = {"loss": (result, expected.loss, expected.loss_scale)}
-    if all(isinstance(x, Tensor) and bool((x == 1).all()) for x in variables.get("grad_outputs", [None])):
+    if all(
+        isinstance(x, Tensor) and is_ordinary(x) and bool((x == 1).all()) for x in variables.get("grad_outputs", [None])
+    ):
         for tensor, gradient in zip(variables["inputs"], variables.get("grads", ()), strict=False):
             if tensor is input:
                 answers["gradient of input"] = (gradient, expected.grad_input, expected.grad_input_scale)

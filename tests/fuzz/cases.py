@@ -92,9 +92,12 @@ def tensor_arguments(draw: Draw, operator: Operator) -> list[TensorSource]:
     vast = draw.pick(hostile.VAST) if draw.chance(0.005) else None
     sources = []
     for argument in operator.arguments:
-        if not is_tensor(argument) or (argument.type.startswith("Optional") and draw.chance(0.5)):
+        left_out = {"weight": 0.5, "linear_bias": 0.5}.get(argument.name, 0.65)
+        if not is_tensor(argument) or (argument.type.startswith("Optional") and draw.chance(left_out)):
             continue
-        own = dtype if draw.chance(0.6) else draw.pick(tensors.FLOATS + tensors.INTEGERS)
+        # Few operands may be of any dtype: the target and what is optional.
+        is_free = argument.name == "target" or argument.type.startswith("Optional")
+        own = dtype if draw.chance(0.6 if is_free else 0.95) else draw.pick(tensors.FLOATS + tensors.INTEGERS)
         if vast is not None:
             source = TensorSource(
                 argument.name, vast, own, [f"{argument.name} = torch.rand(()).to(torch.{own}).expand({vast})"]
@@ -124,8 +127,8 @@ def tensor_list(draw: Draw, argument: Argument) -> str:
     return f"[{', '.join(f'torch.rand({shape})' for shape in shapes)}]"
 
 
-def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str]]:
-    """The lines that make the arguments, and the names of those that are given."""
+def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str], list[str]]:
+    """The lines that make the arguments, the names of those that are given, and of the floating tensors among them."""
     sources = tensor_arguments(draw, operator)
     lines = [line for source in sources for line in source.lines]
     made = {source.name for source in sources}
@@ -143,7 +146,7 @@ def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str]]:
             else:
                 lines.append(f"{argument.name} = {scalars.expression(draw, argument)}")
         given.append(argument.name)
-    return lines, given
+    return lines, given, [source.name for source in sources if source.dtype in tensors.FLOATS]
 
 
 # ---- calls ----
@@ -162,9 +165,9 @@ def passed(draw: Draw, operator: Operator, given: list[str]) -> str:
     return ", ".join(parts)
 
 
-def through_transform(draw: Draw, operator: Operator, given: list[str], call: str) -> str:
+def through_transform(draw: Draw, floating: list[str], call: str) -> str:
     """A call under one of the transforms of torch.func with respect to some of its tensors."""
-    mapped = [a.name for a in operator.arguments if is_tensor(a) and a.name in given and draw.chance(0.7)]
+    mapped = [name for name in floating if draw.chance(0.7)]
     if not mapped:
         return f"result = {call}"
     names = ", ".join(mapped)
@@ -174,7 +177,7 @@ def through_transform(draw: Draw, operator: Operator, given: list[str], call: st
         dims = [draw.pick((0, 0, -1, None)) for _ in mapped]
         return f"result = torch.vmap({of}, in_dims=({', '.join(map(str, dims))},))({names})"
     if kind == "jvp":
-        return f"result = torch.func.jvp({of}, ({names},), tuple(torch.rand_like(x) for x in ({names},)))"
+        return f"result = torch.func.jvp({of}, ({names},), tuple(torch.ones_like(x) for x in ({names},)))"
     if kind == "functionalize":
         return f"result = torch.func.functionalize({of})({names})"
     if kind == "jacrev":
@@ -237,7 +240,7 @@ def derivatives(draw: Draw, operator: Operator) -> list[str]:
 def make_case(seed: int, number: int) -> Case:
     draw = Draw(seed, number)
     operator = draw.pick(operators())
-    lines, given = arguments(draw, operator)
+    lines, given, floating = arguments(draw, operator)
     setup = [f"torch.manual_seed({number})", *lines]
     route = draw.weighted({"torch.ops": 50, "script": 30, "transform": 12, "dual": 8})
     function = operator.path
@@ -253,11 +256,12 @@ def make_case(seed: int, number: int) -> Case:
     modes = [draw.weighted(MODES) for _ in range(draw.weighted({0: 60, 1: 32, 2: 8}))]
     body = [f"result = {call}"]
     if route == "transform":
-        body = [through_transform(draw, operator, given, call)]
+        body = [through_transform(draw, floating, call)]
+        setup = [line for line in setup if "_to_functional_tensor" not in line]  # functionalize takes none
     elif route == "dual":
         modes.append("forward_ad.dual_level()")
-        floating = [a.name for a in operator.arguments if is_tensor(a) and a.name in given and draw.chance(0.6)]
-        body = [*(f"{name} = forward_ad.make_dual({name}, torch.rand_like({name}))" for name in floating), *body]
+        dual = [name for name in floating if draw.chance(0.6)]
+        body = [*(f"{name} = forward_ad.make_dual({name}, torch.ones_like({name}))" for name in dual), *body]
     if draw.chance(0.6):
         body += derivatives(draw, operator)
     has_answer = operator.is_public and route in ("torch.ops", "script") and "own_saved" not in "".join(body)

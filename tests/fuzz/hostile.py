@@ -135,6 +135,7 @@ def without_memory(draw: Draw, x: TensorSource) -> None:
 
 
 def wrap(draw: Draw, x: TensorSource) -> None:
+    x.is_final = True
     x.do(
         draw.pick(
             (

@@ -59,6 +59,27 @@ WRONG_TYPES = (
 )
 
 
+# Arguments that few of the values of their type are right for, by name; each expression as likely as the others.
+TYPICAL = {
+    "reduction": ("0", "1", "2"),
+    "formula": ("0", "0", "0", "0", "1", "1", "1", "1", "2", "3"),
+    # Smoothing and the ignored label, then the parameters of a formula, of which some have three or more.
+    "options": (
+        "[]",
+        "[]",
+        "[0.0, float('nan')]",
+        "[0.0, -100.0]",
+        "[0.25, 0.0]",
+        "[0.0, float('nan'), 0.25, 2.0]",
+        "[0.0, 1.0, 4.0, 1.0, 0.05]",
+        "[0.0, float('nan'), 4.0, 1.0, 0.05, 1.0]",
+    ),
+    "label_smoothing": ("0.0", "0.25", "1.0"),
+    "ignore_index": ("0.0", "1.0", "-100.0", "0.5"),
+    "divisor": ("1", "2", "12", "8192"),
+}
+
+
 def _int(draw: Draw) -> str:
     # Reductions are 0 to 2, divisors any positive number; what is out of range for one is in range for the other.
     return str(draw.pick(EXTREME_INTS) if draw.chance(0.15) else draw.pick((0, 1, 1, 2, 2, 3, 12)))
@@ -101,6 +122,8 @@ def _list_size(draw: Draw, argument: Argument) -> int:
 
 
 def expression(draw: Draw, argument: Argument, type_: str | None = None) -> str:
+    if argument.name in TYPICAL and not (type_ or argument.type).startswith("Optional") and draw.chance(0.85):
+        return draw.pick(TYPICAL[argument.name])
     type_ = type_ or argument.type
     if type_.startswith("Optional["):
         inner = type_.removeprefix("Optional[").removesuffix("]")

@@ -64,10 +64,12 @@ def tensor(draw: Draw, name: str, shape: Shape, dtype: str) -> TensorSource:
         source.do(f"{{x}} = torch.rand({{shape}}).to(torch.{dtype})")
     elif values == "labels":
         source.do(f"{{x}} = torch.randint(2, {{shape}}).to(torch.{dtype})")
-    elif values == "normal":
+    elif values == "normal" and dtype in FLOATS:  # of integers few are labels
         source.do(f"{{x}} = (4 * torch.randn({{shape}})).to(torch.{dtype})")
-    elif values == "special":
+    elif values == "special" and dtype in FLOATS:
         source.do(f"{{x}} = {SPECIAL}[torch.randint(16, {{shape}})].to(torch.{dtype})")
+    elif values != "integers":
+        source.do(f"{{x}} = (torch.rand({{shape}}) < 0.1).to(torch.{dtype})")
     else:
         low, high = draw.pick(((-100, 3), (0, 256), (-(2**63), 2**63 - 1)))
         source.do(f"{{x}} = torch.randint({low}, {high}, {{shape}}).to(torch.{dtype})")

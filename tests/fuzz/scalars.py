@@ -60,23 +60,23 @@ WRONG_TYPES = (
 
 
 # Arguments that few of the values of their type are right for, by name; each expression as likely as the others.
+PARAMETERS = "[[], [], [0.25, 2.0], [4.0, 1.0, 0.05, 1e-8, 0.0]][formula % 4]"
 TYPICAL = {
     "reduction": ("0", "1", "2"),
-    "formula": ("0", "0", "0", "0", "1", "1", "1", "1", "2", "3"),
-    # Smoothing and the ignored label, then the parameters of a formula, of which some have three or more.
+    "formula": ("0", "1", "2", "3"),
+    # Smoothing and the ignored label, then the parameters of the formula.
     "options": (
+        f"[0.0, float('nan')] + {PARAMETERS}",
+        f"[0.25, -100.0] + {PARAMETERS}",
+        f"[0.0, 1.0] + {PARAMETERS}",
+        f"[0.0, 1.0] + {PARAMETERS}[1:]",
         "[]",
-        "[]",
-        "[0.0, float('nan')]",
-        "[0.0, -100.0]",
-        "[0.25, 0.0]",
-        "[0.0, float('nan'), 0.25, 2.0]",
-        "[0.0, 1.0, 4.0, 1.0, 0.05]",
-        "[0.0, float('nan'), 4.0, 1.0, 0.05, 1.0]",
     ),
     "label_smoothing": ("0.0", "0.25", "1.0"),
     "ignore_index": ("0.0", "1.0", "-100.0", "0.5"),
     "divisor": ("1", "2", "12", "8192"),
+    "eps": ("1e-8", "1e-3"),
+    "clip": ("0.0", "0.05", "0.5"),
 }
 
 
@@ -121,17 +121,21 @@ def _list_size(draw: Draw, argument: Argument) -> int:
     return draw.pick((0, 1, 2, 2, 3, 3, 4, 5, 8, 100))
 
 
-def expression(draw: Draw, argument: Argument, type_: str | None = None) -> str:
-    if argument.name in TYPICAL and not (type_ or argument.type).startswith("Optional") and draw.chance(0.85):
-        return draw.pick(TYPICAL[argument.name])
-    type_ = type_ or argument.type
+def expression(draw: Draw, argument: Argument) -> str:
+    type_ = argument.type
     if type_.startswith("Optional["):
-        inner = type_.removeprefix("Optional[").removesuffix("]")
-        return "None" if draw.chance(0.5) else expression(draw, argument, inner)
+        if draw.chance(0.6):
+            return "None"
+        type_ = type_.removeprefix("Optional[").removesuffix("]")
+    if argument.name in TYPICAL and draw.chance(0.85):
+        return draw.pick(TYPICAL[argument.name])
     if type_.startswith("List["):
         inner = type_.removeprefix("List[").removesuffix("]")
-        items = [expression(draw, argument, inner) for _ in range(_list_size(draw, argument))]
-        return f"[{', '.join(items)}]"
+        return f"[{', '.join(_plain(draw, argument, inner) for _ in range(_list_size(draw, argument)))}]"
+    return _plain(draw, argument, type_)
+
+
+def _plain(draw: Draw, argument: Argument, type_: str) -> str:
     if type_ not in PLAIN:
         raise NotImplementedError(f"{argument.name}: no values for the schema type {type_}; add them to scalars.py")
     return PLAIN[type_](draw)

@@ -19,6 +19,7 @@ class Argument:
     type: str  # of the schema, where a ScalarType is no int: "Tensor", "Optional[Tensor]", "int", "ScalarType", "List[bool]"
     size: int | None  # of a list, where the schema states it
     has_default: bool
+    default: Any
     is_keyword_only: bool
 
 
@@ -51,7 +52,10 @@ def _operator(schema: Any) -> Operator:
     name = schema.name.removeprefix(f"{NAMESPACE}::")
     return Operator(
         f"{name}.{schema.overload_name}" if schema.overload_name else name,
-        tuple(Argument(a.name, str(a.real_type), a.N, a.has_default_value(), a.kwarg_only) for a in schema.arguments),
+        tuple(
+            Argument(a.name, str(a.real_type), a.N, a.has_default_value(), a.default_value, a.kwarg_only)
+            for a in schema.arguments
+        ),
     )
 
 

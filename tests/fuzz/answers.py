@@ -48,7 +48,7 @@ def asymmetric(
     share = y * (1 - positive) + (1 - y) * (1 - negative)
     gamma = gamma_pos * y + gamma_neg * (1 - y)
     # A share, and a logarithm, are differences from 1: their rounding errors are relative to that.
-    scale = (entropy.abs() + p.abs() * y + 1 - y) * (share**gamma + gamma * (share + 1e-6) ** (gamma - 1))
+    scale = (entropy.abs() + p.abs() * y + (1 - y)) * (share**gamma + gamma * (share + 1e-6) ** (gamma - 1))
     return _without_gradients(w * entropy * share**gamma, w.abs() * scale)
 
 

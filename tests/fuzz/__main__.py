@@ -72,7 +72,9 @@ def run_all(options: argparse.Namespace) -> int:
             }
             servers.append(subprocess.Popen(command, env=environment))
         boards = [Board(directory / "board") for directory in directories]
-        with tqdm(total=options.cases, unit=" cases", mininterval=2, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=options.cases, unit=" cases", mininterval=2 if sys.stderr.isatty() else 30, dynamic_ncols=True
+        ) as bar:
             while any(server.poll() is None for server in servers):
                 time.sleep(0.5)
                 bar.update(sum(board.numbers[2] for board in boards) - bar.n)

@@ -11,6 +11,7 @@ raise an internal assertion, and where its operands are ordinary its answer must
     scalars.py    values for arguments that are no tensors
     cases.py      the program of a case
     answers.py    what the public operators should return
+    helpers.py    what a program may use beside torch
     execute.py    runs a program and judges what comes of it
     server.py     runs many, each batch in a process of its own that may die
     shrink.py     makes a program that fails smaller

@@ -130,7 +130,7 @@ def problems_of(counts: dict[str, list[int]], codes: list[int], done: int, cases
             continue
         if numbers[Outcome.RETURNED] + numbers[Outcome.COMPARED] == 0:
             problems.append(f"{operator.name} never returned: its checks let no case pass. See the shapes in cases.py.")
-        if operator.is_public and numbers[Outcome.COMPARED] == 0:
+        if operator.is_loss and numbers[Outcome.COMPARED] == 0:
             problems.append(f"{operator.name}: no answer was compared. See the formulas in answers.py.")
         if numbers[Outcome.NOT_BUILT] > 0.3 * sum(numbers):
             problems.append(f"{operator.name}: the arguments of over 30% of its cases cannot be made.")

@@ -33,6 +33,11 @@ class Operator:
         return not self.name.startswith("_")
 
     @property
+    def is_loss(self) -> bool:
+        """Whether it is a public function of tensors, whose answers a formula gives."""
+        return self.is_public and any("Tensor" in a.type for a in self.arguments)
+
+    @property
     def path(self) -> str:
         """How Python calls it."""
         packet, _, overload = self.name.partition(".")

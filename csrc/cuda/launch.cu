@@ -1,23 +1,8 @@
-#include <c10/cuda/CUDAException.h>
-
 #include "launch.h"
-#include "solve.cuh"
+#include "stream_launcher.cuh"
 
 namespace bce_ext {
 namespace cuda {
-namespace {
-
-struct StreamLauncher {
-  cudaStream_t stream;
-
-  template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned int>(blocks), threads, 0, stream>>>(arguments...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
-}  // namespace
 
 int64_t partials_size(int64_t numel) { return max_partials(numel); }
 

@@ -15,5 +15,12 @@ void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtyp
   scale_grad(grad, numel, grad_output, grad_output_dtype, StreamLauncher{stream});
 }
 
+int64_t count_partials_size(int64_t numel) { return max_count_partials(numel); }
+
+void count_valid(const void* target, Dtype dtype, int64_t numel, double ignore_index, double* partials,
+                 const Output& count, cudaStream_t stream) {
+  count_valid(target, dtype, numel, ignore_index, partials, count, StreamLauncher{stream});
+}
+
 }  // namespace cuda
 }  // namespace bce_ext

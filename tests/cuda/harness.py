@@ -26,6 +26,7 @@ EPS = {"half": 2.0**-11, "bfloat16": 2.0**-8, "float": 2.0**-24, "double": 2.0**
 ABSENT, SCALAR, FLAT, STRIDED = range(4)
 FORWARD, REVERSE, RANDOM = range(3)
 LOGITS, PROBABILITIES, FOCAL, ASYMMETRIC = range(4)
+SOLVE, SCALE, COUNT = range(3)
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 Array = NDArray[Any]
@@ -89,7 +90,8 @@ class Operand:
 
 @dataclasses.dataclass
 class Case:
-    """A Problem, or the scaling of the gradient ``input`` by ``grad_output``, and how the launch is scheduled."""
+    """A Problem, or the scaling of the gradient ``input`` by ``grad_output``, or the count of elements of ``target`` that
+    are not ``ignore_index``, as ``total``; and how the launch is scheduled."""
 
     sizes: tuple[int, ...]
     input: Operand
@@ -110,7 +112,7 @@ class Case:
     grad_target: str | None = None
     total: str = "float"
     misaligned_outputs: bool = False
-    scale_only: bool = False
+    task: int = SOLVE
     max_blocks: int = 8192
     order: int = FORWARD
     seed: int = 0
@@ -128,14 +130,14 @@ class Case:
     def outputs(self) -> list[tuple[str, str, int]]:
         """Name, dtype and number of elements of the outputs that are wanted, in the order in which they are written."""
         wanted = [(name, getattr(self, name), self.numel) for name in ("loss", "grad_input", "grad_target")]
-        wanted.append(("total", self.total if self.reduce and not self.scale_only else None, 1))
+        wanted.append(("total", self.total if self.reduce and self.task != SCALE else None, 1))
         return [(name, dtype, numel) for name, dtype, numel in wanted if dtype is not None]
 
     def pack(self) -> bytes:
         sizes = (*self.sizes, *[0] * (8 - len(self.sizes)))
         hard_labels = "int" in self.target.dtype
         ignores = self.ignore_index is not None
-        packed = struct.pack("<6q", self.scale_only, self.formula, self.in_double, self.reduce, ignores, hard_labels)
+        packed = struct.pack("<6q", self.task, self.formula, self.in_double, self.reduce, ignores, hard_labels)
         packed += struct.pack("<3d", self.divisor, self.label_smoothing, self.ignore_index or 0.0)
         packed += struct.pack("<5d", *self.parameters, *[0.0] * (5 - len(self.parameters)))
         packed += struct.pack("<3q", self.max_blocks, self.order, self.seed)

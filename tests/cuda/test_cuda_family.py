@@ -190,6 +190,22 @@ def test_bit_identical_over_schedules(program: pathlib.Path, formula: int, targe
     assert all(result.raw == results[0].raw for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_elements_that_are_not_ignored(program: pathlib.Path, dtype: str) -> None:
+    """Over vectors and what is left of them, in a grid of two blocks; NaN is a number of no element."""
+    rng = np.random.default_rng(33)
+    cases = []
+    for numel, misaligned in itertools.product(sizes_around_everything((dtype, dtype)), (False, True)):
+        values = rng.integers(0, 3, numel).astype(float)
+        if dtype in FLOATING:
+            values[::7] = np.nan
+        target = Operand(dtype, FLAT, values, misaligned=misaligned)
+        case = Case((numel,), Operand(), target, ignore_index=1.0, task=harness.COUNT, total="double", max_blocks=2)
+        cases += [case, dataclasses.replace(case, ignore_index=-1.0, order=harness.REVERSE)]
+    for case, result in zip(cases, harness.run(program, cases), strict=True):
+        assert result["total"] == np.sum(case.target.gather(case.sizes) != case.ignore_index)
+
+
 def test_parameters_reach_the_kernel(program: pathlib.Path) -> None:
     """The expectation of other parameters is not met: the checks above can fail."""
     rng = np.random.default_rng(32)

@@ -219,7 +219,7 @@ def test_scale_grad(program: pathlib.Path, dtype: str) -> None:
     ):
         operand = Operand(dtype, FLAT, rng.normal(size=numel))
         case = Case((numel,), operand, grad_output=Operand(by, SCALAR, np.array([factor])), grad_input=dtype)
-        cases.append(dataclasses.replace(case, scale_only=True, misaligned_outputs=misaligned, max_blocks=2))
+        cases.append(dataclasses.replace(case, task=harness.SCALE, misaligned_outputs=misaligned, max_blocks=2))
     for case, result in zip(cases, harness.run(program, cases), strict=True):
         grad = case.input.gather(case.sizes)
         factor = case.grad_output.values[0]

@@ -10,9 +10,9 @@
 namespace bce_ext {
 namespace cuda {
 
-// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. Enough for many
-// rounds of blocks on any GPU, which evens out when they end; few enough for the second stage of the sum to be short.
-constexpr int64_t kMaxBlocks = 8192;
+// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. More than run at
+// a time on any GPU; few enough for what each block sets up, and for the second stage of the sum, to be little.
+constexpr int64_t kMaxBlocks = 2048;
 
 // A launcher is called as launch(kernel, blocks, threads, arguments...).
 

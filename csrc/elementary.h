@@ -356,7 +356,11 @@ template <typename T>
 BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, float>) {
-    return __fdividef(numerator, d);  // at most 2 ULP, a tenth of the instructions of the correctly rounded division
+    // At most 2 ULP: the reciprocal has at most 1, the product rounds once more. Neither d nor its reciprocal is ever
+    // subnormal, so that nothing is flushed; what __fdividef does about such a d is left out.
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(d));
+    return numerator * reciprocal;
   }
 #endif
   return numerator / d;

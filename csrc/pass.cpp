@@ -48,7 +48,18 @@ struct Dimension {
   c10::SmallVector<int64_t, 5> strides;  // of every bound tensor
 };
 
+bool continues(const Dimension& outer, const Dimension& inner) {
+  for (size_t i = 0; i < outer.strides.size(); ++i) {
+    if (outer.strides[i] != inner.strides[i] * inner.size) return false;
+  }
+  return true;
+}
+
 }  // namespace
+
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.itemsize() == 0;
+}
 
 double as_label(double number, at::ScalarType dtype) {
   switch (dtype) {
@@ -63,19 +74,9 @@ double as_label(double number, at::ScalarType dtype) {
   }
 }
 
-namespace {
-
-bool continues(const Dimension& outer, const Dimension& inner) {
-  for (size_t i = 0; i < outer.strides.size(); ++i) {
-    if (outer.strides[i] != inner.strides[i] * inner.size) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
-bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.itemsize() == 0;
+Tensor readable(const Tensor& tensor) {
+  const Tensor known = dtype_of(tensor.scalar_type()) ? tensor : tensor.to(at::kFloat);
+  return is_aligned(known) ? known : known.clone();
 }
 
 Operand flat_operand(const Tensor& tensor) {
@@ -156,8 +157,7 @@ void Pass::bind(Operand& operand, const Tensor& tensor) {
   Tensor bound = tensor;
   // A 0-d CPU tensor beside CUDA logits: filled in on the device, since a copy would make the host wait.
   if (tensor.device() != input_.device()) bound = at::full({}, tensor.item(), tensor.options().device(input_.device()));
-  if (!dtype_of(bound.scalar_type())) bound = bound.to(at::kFloat);
-  if (!is_aligned(bound)) bound = bound.clone();
+  bound = readable(bound);
   operand = flat_operand(bound);
   bindings_.push_back({&operand, std::move(bound)});
 }

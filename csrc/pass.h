@@ -47,6 +47,10 @@ double as_label(double number, at::ScalarType dtype);
 Output output_of(const Tensor& tensor);
 // Whether elements lie at multiples of their size, as kernels need it. Memory that came from elsewhere may not.
 bool is_aligned(const Tensor& tensor);
+// The tensor itself, or a copy where kernels do not know its type or it is not aligned.
+Tensor readable(const Tensor& tensor);
+// A number as a target of this dtype holds it: 0.1 is another one in float32.
+double as_label(double number, at::ScalarType dtype);
 // What a kernel reads as it lies in memory, element by element.
 Operand flat_operand(const Tensor& tensor);
 

@@ -40,11 +40,25 @@ void scale_grad_cuda(Tensor& grad, const Tensor& grad_output) {
   cuda::scale_grad(output_of(grad), grad.numel(), factor.data, factor.dtype, c10::cuda::getCurrentCUDAStream());
 }
 
+// Read where it lies if it is dense; a view with gaps or repeats is copied first, as is a type that no kernel reads.
+Tensor count_valid_cuda(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
+  const c10::cuda::CUDAGuard guard(target.device());
+  const Tensor dense = readable(target.is_non_overlapping_and_dense() ? target : target.contiguous());
+  const Tensor count = at::empty({}, target.options().dtype(at::kDouble));
+  const Tensor partials = at::empty({cuda::count_partials_size(target.numel())}, count.options());
+  const Operand operand = flat_operand(dense);
+  cuda::count_valid(operand.data, operand.dtype, target.numel(), as_label(ignore_index, target.scalar_type()),
+                    partials.mutable_data_ptr<double>(), output_of(count), c10::cuda::getCurrentCUDAStream());
+  return count;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, CUDA, m) {
   register_pass_operators<Cuda>(m);
   m.impl("_scale_grad_", scale_grad_cuda);
+  m.impl("_count_valid", count_valid_cuda);
 }
 
 }  // namespace bce_ext

@@ -45,39 +45,45 @@ __device__ __forceinline__ T from_compute(C value) {
   }
 }
 
+// visit(T{}) for the element type T of an array that is known at run time only. `visit` is of the host or of the
+// device.
+#pragma nv_exec_check_disable
+template <typename Visit>
+__host__ __device__ __forceinline__ auto with_type(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::Bool:
+      return visit(Boolean{});
+    case Dtype::UInt8:
+      return visit(uint8_t{});
+    case Dtype::Int8:
+      return visit(int8_t{});
+    case Dtype::Int16:
+      return visit(int16_t{});
+    case Dtype::UInt16:
+      return visit(uint16_t{});
+    case Dtype::Int32:
+      return visit(int32_t{});
+    case Dtype::UInt32:
+      return visit(uint32_t{});
+    case Dtype::Int64:
+      return visit(int64_t{});
+    case Dtype::UInt64:
+      return visit(uint64_t{});
+    case Dtype::Half:
+      return visit(__half{});
+    case Dtype::BFloat16:
+      return visit(__nv_bfloat16{});
+    case Dtype::Double:
+      return visit(double{});
+    default:
+      return visit(float{});
+  }
+}
+
 // Element `index` of an array whose type is known at run time only.
 template <typename C>
 __device__ __forceinline__ C load_element(const void* data, Dtype dtype, int64_t index) {
-  const auto load = [=](auto zero) { return to_compute<C>(static_cast<const decltype(zero)*>(data)[index]); };
-  switch (dtype) {
-    case Dtype::Bool:
-      return load(Boolean{});
-    case Dtype::UInt8:
-      return load(uint8_t{});
-    case Dtype::Int8:
-      return load(int8_t{});
-    case Dtype::Int16:
-      return load(int16_t{});
-    case Dtype::UInt16:
-      return load(uint16_t{});
-    case Dtype::Int32:
-      return load(int32_t{});
-    case Dtype::UInt32:
-      return load(uint32_t{});
-    case Dtype::Int64:
-      return load(int64_t{});
-    case Dtype::UInt64:
-      return load(uint64_t{});
-    case Dtype::Half:
-      return load(__half{});
-    case Dtype::BFloat16:
-      return load(__nv_bfloat16{});
-    case Dtype::Float:
-      return load(float{});
-    case Dtype::Double:
-      return load(double{});
-  }
-  return C(0);
+  return with_type(dtype, [=](auto zero) { return to_compute<C>(static_cast<const decltype(zero)*>(data)[index]); });
 }
 
 // Stores to element `index` of an array of one of the four floating types.

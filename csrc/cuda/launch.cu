@@ -1,23 +1,8 @@
-#include <c10/cuda/CUDAException.h>
-
 #include "launch.h"
-#include "solve.cuh"
+#include "stream_launcher.cuh"
 
 namespace bce_ext {
 namespace cuda {
-namespace {
-
-struct StreamLauncher {
-  cudaStream_t stream;
-
-  template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned int>(blocks), threads, 0, stream>>>(arguments...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
-}  // namespace
 
 int64_t partials_size(int64_t numel) { return max_partials(numel); }
 
@@ -28,6 +13,13 @@ void solve(const Problem& problem, double* partials, const Output& total, cudaSt
 void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
                 cudaStream_t stream) {
   scale_grad(grad, numel, grad_output, grad_output_dtype, StreamLauncher{stream});
+}
+
+int64_t count_partials_size(int64_t numel) { return max_count_partials(numel); }
+
+void count_valid(const void* target, Dtype dtype, int64_t numel, double ignore_index, double* partials,
+                 const Output& count, cudaStream_t stream) {
+  count_valid(target, dtype, numel, ignore_index, partials, count, StreamLauncher{stream});
 }
 
 }  // namespace cuda

@@ -19,5 +19,12 @@ void solve(const Problem& problem, double* partials, const Output& total, cudaSt
 void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
                 cudaStream_t stream);
 
+// The number of doubles of scratch memory that counting in `numel` elements needs.
+int64_t count_partials_size(int64_t numel);
+
+// *count = the number of elements of a dense target that do not equal ignore_index.
+void count_valid(const void* target, Dtype dtype, int64_t numel, double ignore_index, double* partials,
+                 const Output& count, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace bce_ext

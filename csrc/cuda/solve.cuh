@@ -10,9 +10,9 @@
 namespace bce_ext {
 namespace cuda {
 
-// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. Enough for many
-// rounds of blocks on any GPU, which evens out when they end; few enough for the second stage of the sum to be short.
-constexpr int64_t kMaxBlocks = 8192;
+// Blocks of a grid at most; a function of nothing but the problem, so that the order of a sum is too. More than run at
+// a time on any GPU; few enough for what each block sets up, and for the second stage of the sum, to be little.
+constexpr int64_t kMaxBlocks = 2048;
 
 // A launcher is called as launch(kernel, blocks, threads, arguments...).
 
@@ -255,6 +255,26 @@ void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtyp
     default:
       return launch_typed(float{});
   }
+}
+
+// The partial sums of a count_valid at most.
+inline int64_t max_count_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
+  return num_blocks(numel, kThreads * kVectorBytes / sizeof(double), max_blocks);
+}
+
+// count = the number of elements that do not equal ignore_index. `partials` has room for max_count_partials(numel).
+template <typename Launch>
+void count_valid(const void* target, Dtype dtype, int64_t numel, double ignore_index, double* partials,
+                 const Output& count, const Launch& launch, int64_t max_blocks = kMaxBlocks) {
+  int64_t blocks = 0;
+  if (numel > 0) {
+    with_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      blocks = num_blocks(numel, kThreads * kVectorBytes / sizeof(T), max_blocks);
+      launch(count_valid_kernel<T>, blocks, kThreads, static_cast<const T*>(target), numel, ignore_index, partials);
+    });
+  }
+  launch(final_sum_kernel, 1, kSumThreads, partials, blocks, 1.0, Operand{}, count);
 }
 
 }  // namespace cuda

@@ -103,7 +103,6 @@ class TilePass {
       multiply<Input>(arguments_.pos_weight, index, pos_weights);
     }
     C losses[N], grad_inputs[N], grad_targets[N];
-    C sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Terms<C> terms =
@@ -111,17 +110,21 @@ class TilePass {
       losses[k] = terms.loss;
       grad_inputs[k] = terms.grad_input;
       grad_targets[k] = terms.grad_target;
-      sum += terms.loss;
     }
     store(index, losses, grad_inputs, grad_targets);
+    C sum = losses[0];
+#pragma unroll
+    for (int k = 1; k < N; ++k) {
+      sum += losses[k];
+    }
     return sum;
   }
 
-  // The same one by one: what is not aligned, and the end.
-  __device__ __forceinline__ C elements(int64_t index) {
+  // The same one by one, for elements first, first + step, ... before `end`: what is not aligned, and the last ones.
+  __device__ __forceinline__ C elements(int64_t first, int step, int64_t end) {
     C sum = 0;
 #pragma unroll 1
-    for (int64_t i = index; i < index + N && i < arguments_.numel; ++i) {
+    for (int64_t i = first; i < end; i += step) {
       C w = weight_, p = pos_weight_;
       if constexpr (kWeighted) {
         w *= factor_at<Input, C>(arguments_.weight, i) * factor_at<Input, C>(arguments_.grad_output, i);
@@ -178,16 +181,29 @@ class TilePass {
   bool in_range_ = true;
 };
 
+// Blocks that an SM must have room for, so that a thread has 48 registers, 64 with weights and 128 in float64: enough
+// to keep out of local memory.
+template <typename C, bool kWeighted>
+constexpr int kMinBlocks = std::is_same_v<C, double> ? 2 : (kWeighted ? 4 : 5);
+
 template <typename Formula, typename Input, typename Target, bool kWeighted>
-__global__ void __launch_bounds__(kThreads) vector_kernel(const VectorArguments<Formula, compute_t<Input>> arguments) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<Input>, kWeighted>)
+    vector_kernel(const VectorArguments<Formula, compute_t<Input>> arguments) {
   using Pass = TilePass<Formula, Input, Target, kWeighted>;
   constexpr int64_t kSize = kTile<Input, Target, kWeighted>;
   Pass pass(arguments);
   double sum = 0;
   for (int64_t tile = blockIdx.x; tile * kSize < arguments.numel; tile += gridDim.x) {
-    const int64_t index = tile * kSize + static_cast<int>(threadIdx.x) * Pass::N;
-    const bool whole = (tile + 1) * kSize <= arguments.numel;
-    sum += whole && arguments.aligned ? pass.vector(index) : pass.elements(index);
+    const int64_t begin = tile * kSize;
+    const int64_t index = begin + static_cast<int>(threadIdx.x) * Pass::N;
+    if (arguments.aligned && index + Pass::N <= arguments.numel) {
+      sum += pass.vector(index);
+    } else {
+      // Misaligned, neighbours go to neighbouring threads; aligned, what is left of a vector goes to one.
+      const int64_t first = arguments.aligned ? index : begin + static_cast<int>(threadIdx.x);
+      const int64_t end = begin + kSize < arguments.numel ? begin + kSize : arguments.numel;
+      sum += pass.elements(first, arguments.aligned ? 1 : kThreads, end);
+    }
   }
   CUDA_KERNEL_ASSERT(pass.in_range());
   if (arguments.partials != nullptr) {

@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_vector(void* data, int64_t index, const C 
 
 // Whether an array can be read and written in vectors of N elements from its first element on.
 template <typename T, int N>
-inline bool is_aligned(const void* data) {
+__host__ __device__ inline bool is_aligned(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(Vector<T, N>) == 0;
 }
 

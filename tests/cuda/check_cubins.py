@@ -31,13 +31,21 @@ SM_LIMITS = {
     "sm_120": (65536, 1536, 24),
 }
 
-SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "Boolean": 1, "unsigned char": 1, "long": 8}
+SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "Boolean": 1}
+SIZES |= {"signed char": 1, "short": 2, "int": 4, "long": 8}
+SIZES |= {f"unsigned {name.removeprefix('signed ')}": SIZES[name] for name in ("signed char", "short", "int", "long")}
 DISPLAYED = {
     "__half": "half",
     "__nv_bfloat16": "bfloat16",
     "Boolean": "bool",
+    "signed char": "int8",
     "unsigned char": "uint8",
+    "short": "int16",
+    "unsigned short": "uint16",
+    "int": "int32",
+    "unsigned int": "uint32",
     "long": "int64",
+    "unsigned long": "uint64",
 }
 
 # The copy bandwidth of an H100, measured elsewhere, and what its 132 SMs issue at 1.7 GHz: 4 warps of 32 a clock.
@@ -57,6 +65,33 @@ ROOFLINE = [
     ("backward of none, float32 (the shortest way)", "vector_kernel<WithLogits, float, float, true>", 16, min),
     ("three odd broadcasts, float32 (the longest way)", "vector_kernel<WithLogits, float, float, true>", 12, max),
     ("BCELoss, mean, float32", "vector_kernel<Probabilities, float, float, false>", 12, max),
+    (
+        "smoothed or ignored targets, mean, float32 (the shortest way)",
+        "vector_kernel<WithLogits, float, float, true>",
+        12,
+        min,
+    ),
+    (
+        "ignored targets, mean, bfloat16, target uint8 (the shortest way)",
+        "vector_kernel<WithLogits, bfloat16, uint8, true>",
+        5,
+        min,
+    ),
+    ("focal, mean, float32 (the shortest way: gamma 2)", "vector_kernel<Focal, float, float, true>", 12, min),
+    (
+        "focal, mean, bfloat16, target bool (the shortest way: gamma 2)",
+        "vector_kernel<Focal, bfloat16, bool, true>",
+        5,
+        min,
+    ),
+    ("asymmetric, mean, float32 (the shortest way)", "vector_kernel<Asymmetric, float, float, true>", 12, min),
+    (
+        "asymmetric, mean, bfloat16, target bool (the shortest way)",
+        "vector_kernel<Asymmetric, bfloat16, bool, true>",
+        5,
+        min,
+    ),
+    ("number of elements that are not ignored, int64", "count_valid_kernel<int64>", 8, max),
     ("scaling of the gradient, float32", "scale_kernel<float>", 8, max),
 ]
 
@@ -127,7 +162,7 @@ class Kernel:
         if self.base == "vector_kernel":
             weight_size = self.computed_size if self.parameters[3] == "true" else 1
             return 16 // max(weight_size, *(SIZES[parameter] for parameter in self.parameters[1:3]))
-        return 16 // SIZES[self.parameters[0]] if self.base == "scale_kernel" else 1
+        return 16 // SIZES[self.parameters[0]] if self.base in ("scale_kernel", "count_valid_kernel") else 1
 
     def has(self, opcode: str) -> bool:
         return any(instruction.opcode.startswith(opcode) for instruction in self.code)
@@ -229,9 +264,9 @@ def violations(kernel: Kernel) -> list[str]:
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack + kernel.local} bytes of stack or local memory")
     found += [f"accesses local memory ({opcode})" for opcode in ("LDL", "STL") if kernel.has(opcode)]
+    if kernel.base in ("vector_kernel", "scale_kernel", "count_valid_kernel") and not kernel.has("LDG.E.128"):
+        found.append("no load of 16 bytes (LDG.E.128)")
     if kernel.base in ("vector_kernel", "scale_kernel"):
-        if not kernel.has("LDG.E.128"):
-            found.append("no load of 16 bytes (LDG.E.128)")
         stored = kernel.computed_size if kernel.base == "vector_kernel" else SIZES[kernel.parameters[0]]
         if kernel.vector_size * stored >= 16 and not kernel.has("STG.E.128"):
             found.append("no store of 16 bytes (STG.E.128)")

@@ -25,7 +25,8 @@ EPS = {"half": 2.0**-11, "bfloat16": 2.0**-8, "float": 2.0**-24, "double": 2.0**
 
 ABSENT, SCALAR, FLAT, STRIDED = range(4)
 FORWARD, REVERSE, RANDOM = range(3)
-LOGITS, PROBABILITIES = range(2)
+LOGITS, PROBABILITIES, FOCAL, ASYMMETRIC = range(4)
+SOLVE, SCALE, COUNT = range(3)
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 Array = NDArray[Any]
@@ -89,7 +90,8 @@ class Operand:
 
 @dataclasses.dataclass
 class Case:
-    """A Problem, or the scaling of the gradient ``input`` by ``grad_output``, and how the launch is scheduled."""
+    """A Problem, or the scaling of the gradient ``input`` by ``grad_output``, or the count of elements of ``target`` that
+    are not ``ignore_index``, as ``total``; and how the launch is scheduled."""
 
     sizes: tuple[int, ...]
     input: Operand
@@ -110,7 +112,7 @@ class Case:
     grad_target: str | None = None
     total: str = "float"
     misaligned_outputs: bool = False
-    scale_only: bool = False
+    task: int = SOLVE
     max_blocks: int = 8192
     order: int = FORWARD
     seed: int = 0
@@ -128,14 +130,14 @@ class Case:
     def outputs(self) -> list[tuple[str, str, int]]:
         """Name, dtype and number of elements of the outputs that are wanted, in the order in which they are written."""
         wanted = [(name, getattr(self, name), self.numel) for name in ("loss", "grad_input", "grad_target")]
-        wanted.append(("total", self.total if self.reduce and not self.scale_only else None, 1))
+        wanted.append(("total", self.total if self.reduce and self.task != SCALE else None, 1))
         return [(name, dtype, numel) for name, dtype, numel in wanted if dtype is not None]
 
     def pack(self) -> bytes:
         sizes = (*self.sizes, *[0] * (8 - len(self.sizes)))
         hard_labels = "int" in self.target.dtype
         ignores = self.ignore_index is not None
-        packed = struct.pack("<6q", self.scale_only, self.formula, self.in_double, self.reduce, ignores, hard_labels)
+        packed = struct.pack("<6q", self.task, self.formula, self.in_double, self.reduce, ignores, hard_labels)
         packed += struct.pack("<3d", self.divisor, self.label_smoothing, self.ignore_index or 0.0)
         packed += struct.pack("<5d", *self.parameters, *[0.0] * (5 - len(self.parameters)))
         packed += struct.pack("<3q", self.max_blocks, self.order, self.seed)
@@ -213,72 +215,3 @@ def run(program: pathlib.Path, cases: Sequence[Case]) -> list[Result]:
         results.append(result)
     assert position == len(data)
     return results
-
-
-def _times(weight: Array, value: Array) -> Array:
-    """0 * inf is 0: a term without weight has no say."""
-    return np.where(weight == 0, np.where(np.isnan(value), value, 0.0), weight * value)
-
-
-def expected(case: Case) -> dict[str, Array]:
-    """The outputs in float64, and as ``*_scale`` the size of the terms of each: what its error is relative to."""
-    x, raw_target, w, p, g = (
-        operand.gather(case.sizes)
-        for operand in (case.input, case.target, case.weight, case.pos_weight, case.grad_output)
-    )
-    slope = 1 - case.label_smoothing
-    y = raw_target * slope + case.label_smoothing / 2
-    with np.errstate(all="ignore"):
-        w = w * g
-        if case.formula == LOGITS:
-            e = np.exp(-np.abs(x))
-            softplus, softplus_of_minus = np.maximum(x, 0) + np.log1p(e), np.maximum(-x, 0) + np.log1p(e)
-            sigmoid, sigmoid_of_minus = np.where(x >= 0, 1, e) / (1 + e), np.where(x <= 0, 1, e) / (1 + e)
-            sigmoid, sigmoid_of_minus = (np.where(np.isnan(x), x, value) for value in (sigmoid, sigmoid_of_minus))
-            negative, positive = _times(1 - y, softplus), _times(p * y, softplus_of_minus)
-            loss, loss_scale = _times(w, negative + positive), _times(np.abs(w), np.abs(negative) + np.abs(positive))
-            against, along = w * (1 - y) * sigmoid, w * p * y * sigmoid_of_minus
-            grad_input, grad_input_scale = against - along, np.abs(against) + np.abs(along)
-            grad_target = _times(w, _times(p, softplus_of_minus) - softplus)
-            grad_target_scale = np.abs(w) * (_times(np.abs(p), softplus_of_minus) + softplus)
-        else:
-            log_x, log_rest = np.maximum(np.log(x), -100), np.maximum(np.log1p(-x), -100)
-            loss = -w * (y * log_x + (1 - y) * log_rest)
-            loss_scale = np.abs(w) * (np.abs(y * log_x) + np.abs((1 - y) * log_rest))
-            denominator = np.maximum((1 - x) * x, 1e-12)
-            grad_input, grad_input_scale = w * (x - y) / denominator, np.abs(w) * (np.abs(x) + np.abs(y)) / denominator
-            grad_target = _times(w, np.log1p(-x) - np.log(x))
-            grad_target_scale = np.abs(w) * (np.abs(np.log1p(-x)) + np.abs(np.log(x)))
-        divisor = case.divisor * float(case.normalizer.gather((1,))[0])
-        scale = np.float64(1) / divisor
-        terms = {
-            "loss": loss,
-            "loss_scale": loss_scale,
-            "grad_input": scale * grad_input,
-            "grad_input_scale": abs(scale) * grad_input_scale,
-            "grad_target": scale * slope * grad_target,
-            "grad_target_scale": abs(scale) * slope * grad_target_scale,
-        }
-        if case.ignore_index is not None:
-            terms = {name: np.where(raw_target == case.ignore_index, 0.0, term) for name, term in terms.items()}
-        total, total_scale = np.sum(terms["loss"]), np.sum(terms["loss_scale"])
-        return {**terms, "total": np.array([total]) / divisor, "total_scale": np.array([total_scale]) / divisor}
-
-
-def mismatch(case: Case, result: Result) -> str | None:
-    """What is wrong with the outputs of a case; None when they are right."""
-    reference = expected(case)
-    computed = EPS["double" if case.in_double else "float"]
-    for name, dtype, _ in case.outputs():
-        want, got, scale = reference[name], result[name], reference[name + "_scale"]
-        smallest = {"half": 2.0**-24, "bfloat16": 2.0**-133, "float": 2.0**-149, "double": 2.0**-1074}[dtype]
-        largest = {"half": 65504.0, "bfloat16": 3.39e38, "float": 3.4e38, "double": 1.79e308}[dtype]
-        with np.errstate(all="ignore"):
-            want = np.where(np.abs(want) > largest, np.copysign(np.inf, want), want)
-            tolerance = 16 * computed * scale + 2 * EPS[dtype] * np.abs(want) + smallest
-            right = (np.abs(got - want) <= tolerance) | (got == want) | (np.isnan(got) & np.isnan(want))
-        if not right.all():
-            i = int(np.argmin(right))
-            types = f"{case.input.dtype}, {case.target.dtype}"
-            return f"{types}: {name}[{i}] of {got.size} is {got[i]!r}, expected {want[i]!r} within {tolerance[i]!r}"
-    return None

@@ -82,6 +82,8 @@ class Buffer {
   std::unique_ptr<char[]> memory_;
 };
 
+enum class Task : int64_t { Solve, Scale, Count };
+
 std::unique_ptr<Buffer> read_operand(Reader& reader, Operand& operand) {
   operand.dtype = static_cast<Dtype>(reader.integer());
   operand.layout = static_cast<Layout>(reader.integer());
@@ -107,7 +109,7 @@ std::unique_ptr<Buffer> read_output(Reader& reader, Output& output) {
 
 void run_case(Reader& reader, std::ofstream& results) {
   Problem problem;
-  const bool scale_only = reader.integer() != 0;
+  const auto task = static_cast<Task>(reader.integer());
   problem.formula = static_cast<Formula>(reader.integer());
   problem.compute_in_double = reader.integer() != 0;
   problem.reduce = reader.integer() != 0;
@@ -135,10 +137,15 @@ void run_case(Reader& reader, std::ofstream& results) {
 
   bool vectorized = true;
   const ShimLauncher launch{schedule, &vectorized};
-  if (scale_only) {
+  if (task == Task::Scale) {
     std::memcpy(problem.grad_input.data, problem.input.data, inputs[0]->size());
     cuda::scale_grad(problem.grad_input, problem.numel, problem.grad_output.data, problem.grad_output.dtype, launch,
                      max_blocks);
+  } else if (task == Task::Count) {
+    const Buffer partials(cuda::max_count_partials(problem.numel, max_blocks) * sizeof(double), 0);
+    cuda::count_valid(problem.target.data, problem.target.dtype, problem.numel, problem.ignore_index,
+                      reinterpret_cast<double*>(partials.data()), total, launch, max_blocks);
+    if (!partials.intact()) throw std::runtime_error("a write outside of the partial sums");
   } else {
     const Buffer partials(cuda::max_partials(problem.numel, max_blocks) * sizeof(double), 0);
     cuda::solve(problem, reinterpret_cast<double*>(partials.data()), total, launch, max_blocks);

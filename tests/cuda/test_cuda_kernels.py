@@ -6,77 +6,19 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import harness
 import numpy as np
 import pytest
-from harness import ABSENT, FLAT, FLOATING, LOGITS, PROBABILITIES, SCALAR, STRIDED, Array, Case, Operand
-
-pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the shim's fibers are those of Linux"),
-    pytest.mark.skipif(not harness.has_compiler(), reason="no C++ compiler"),
-]
-
-TYPE_PAIRS = [("float", "float"), ("double", "double"), ("half", "bool"), ("bfloat16", "float"), ("float", "int64")]
-THREADS = 256
-
-
-@pytest.fixture(scope="session", params=["plain", "sanitized"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The driver, once as it is and once under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return harness.build(tmp_path_factory.mktemp("kernels"), harness.SANITIZE if request.param == "sanitized" else ())
-
-
-def vector_size(input_dtype: str, target_dtype: str) -> int:
-    return 16 // max(harness.itemsize(input_dtype), harness.itemsize(target_dtype))
-
-
-def make_input(rng: np.random.Generator, dtype: str, numel: int, formula: int = LOGITS) -> Operand:
-    values = rng.normal(0, 4, numel) if formula == LOGITS else rng.uniform(0.01, 0.99, numel)
-    return Operand(dtype, FLAT, values)
-
-
-def make_target(rng: np.random.Generator, dtype: str, numel: int) -> Operand:
-    return Operand(dtype, FLAT, rng.uniform(0, 1, numel) if dtype in FLOATING else rng.integers(0, 2, numel))
-
-
-def weights(rng: np.random.Generator, numel: int) -> Array:
-    return rng.uniform(0.5, 2, numel)
-
-
-def make_case(rng: np.random.Generator, pair: tuple[str, str], sizes: tuple[int, ...], formula: int = LOGITS) -> Case:
-    """Loss and gradient as the host code asks for them; in `none` mode too, so that every output is looked at."""
-    input_dtype, target_dtype = pair
-    numel = int(np.prod(sizes))
-    total = np.promote_types("float16" if input_dtype == "bfloat16" else harness.STORAGE[input_dtype], "float16")
-    return Case(
-        sizes,
-        make_input(rng, input_dtype, numel, formula),
-        make_target(rng, target_dtype, numel),
-        formula=formula,
-        divisor=float(numel),
-        loss="float" if (input_dtype, target_dtype) == ("bfloat16", "float") else input_dtype,
-        grad_input=input_dtype,
-        grad_target=target_dtype if target_dtype in FLOATING else None,
-        total="float" if total == np.float16 else str(total).replace("64", "").replace("32", ""),
-    )
-
-
-def check(program: pathlib.Path, cases: list[Case], vectorized: bool | None = None) -> list[harness.Result]:
-    results = harness.run(program, cases)
-    for case, result in zip(cases, results, strict=True):
-        assert harness.mismatch(case, result) is None
-        assert vectorized is None or case.numel == 0 or result.vectorized == vectorized
-    return results
-
-
-def sizes_around_everything(pair: tuple[str, str]) -> list[int]:
-    """Around the vector, the warp, the block, the tile, and a grid of two blocks that walk several tiles each."""
-    vector = vector_size(*pair)
-    tile = THREADS * vector * 2
-    edges = [vector, 2 * vector, 32, 32 * vector, THREADS, THREADS * vector, tile, 2 * tile, 5 * tile]
-    return sorted({max(edge + off, 0) for edge in [0, *edges] for off in (-1, 0, 1)})
+from cases import (
+    LAYOUTS,
+    TYPE_PAIRS,
+    check,
+    make_case,
+    sizes_around_everything,
+    weights,
+)
+from harness import ABSENT, FLAT, FLOATING, LOGITS, PROBABILITIES, SCALAR, STRIDED, Case, Operand
 
 
 @pytest.mark.parametrize("pair", TYPE_PAIRS, ids="-".join)
@@ -121,24 +63,6 @@ def test_all_weight_dtypes(program: pathlib.Path, name: str) -> None:
         setattr(case, name, Operand(dtype, layout, values[: 1 if layout == SCALAR else None]))
         cases.append(case)
     check(program, cases)
-
-
-# Sizes and strides of the walk for everything that a weight broadcasts from, beside (N, C) and (N, C, H, W) logits.
-# Each is more than the tile of every pair of types, so that vectors are read.
-LAYOUTS = {
-    "classes": ((80, 64), (0, 1)),
-    "classes_odd": ((80, 63), (0, 1)),
-    "channels": ((6, 14, 64), (0, 1, 0)),
-    "channels_odd": ((6, 14, 31), (0, 1, 0)),
-    "samples": ((80, 64), (1, 0)),
-    "pixels": ((6, 10, 64), (64, 0, 1)),
-    "pixels_odd": ((6, 10, 61), (61, 0, 1)),
-    "transposed": ((80, 64), (1, 80)),
-    "every_other": ((80, 64), (128, 2)),
-    "short_rows": ((4001, 1), (1, 0)),
-    "four_dimensions": ((4, 6, 8, 16), (8, 0, 1, 0)),
-    "four_dimensions_contiguous": ((4, 6, 8, 16), (0, 16, 0, 1)),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -295,7 +219,7 @@ def test_scale_grad(program: pathlib.Path, dtype: str) -> None:
     ):
         operand = Operand(dtype, FLAT, rng.normal(size=numel))
         case = Case((numel,), operand, grad_output=Operand(by, SCALAR, np.array([factor])), grad_input=dtype)
-        cases.append(dataclasses.replace(case, scale_only=True, misaligned_outputs=misaligned, max_blocks=2))
+        cases.append(dataclasses.replace(case, task=harness.SCALE, misaligned_outputs=misaligned, max_blocks=2))
     for case, result in zip(cases, harness.run(program, cases), strict=True):
         grad = case.input.gather(case.sizes)
         factor = case.grad_output.values[0]
@@ -317,14 +241,14 @@ FAULTS = {
     "wrong shuffle width": ("block_reduce.cuh", "int offset = C10_WARP_SIZE / 2;", "int offset = C10_WARP_SIZE / 4;"),
     "shared memory that nobody wrote": ("block_reduce.cuh", "lane < num_warps ?", "lane < num_warps + 1 ?"),
     "dropped partial sum": ("small_kernels.cuh", "i < num_partials;", "i < num_partials - 1;"),
-    "tail too long": ("vector_kernel.cuh", "i < arguments_.numel;", "i <= arguments_.numel;"),
-    "tail too short": ("vector_kernel.cuh", "i < arguments_.numel;", "i + 1 < arguments_.numel;"),
+    "tail too long": ("vector_kernel.cuh", "i < end; i += step", "i <= end; i += step"),
+    "tail too short": ("vector_kernel.cuh", "i < end; i += step", "i + 1 < end; i += step"),
     "last tile in vectors": (
         "vector_kernel.cuh",
-        "(tile + 1) * kSize <= arguments.numel",
-        "tile * kSize <= arguments.numel",
+        "index + Pass::N <= arguments.numel",
+        "index < arguments.numel",
     ),
-    "alignment ignored": ("vector_kernel.cuh", "whole && arguments.aligned", "whole"),
+    "alignment ignored": ("vector_kernel.cuh", "arguments.aligned && index + Pass::N", "index + Pass::N"),
     "carry dropped": (
         "factor.cuh",
         "position.offset += factor.outer_stride",

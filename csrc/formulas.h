@@ -215,7 +215,9 @@ struct Focal {
     const T alpha = y * T(alpha_positive) + negative * T(alpha_negative);
     const T slope_of_power = T(gamma) * focused.previous;
     const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
-    const T by_input = slope_of_power * (T(1) - (y + y)) * math::weighted(product, entropy.loss);
+    // The powers of u come together before anything multiplies them: u^(gamma-1) * u may be large where u * c
+    // underflows.
+    const T by_input = math::weighted(slope_of_power * product * (T(1) - (y + y)), entropy.loss);
     const T by_share = slope_of_power * math::with_sign_of(entropy.smaller - larger, x);
 
     Terms<T> terms;
@@ -297,7 +299,7 @@ struct Asymmetric {
     Terms<T> terms;
     terms.linear = zero;
     terms.loss = entropy * focus;
-    terms.grad_input = entropy_by_input * focus + T(attached) * (entropy * gamma * previous * u_by_input);
+    terms.grad_input = entropy_by_input * focus + T(attached) * (entropy * (gamma * (previous * u_by_input)));
     const T focus_by_target = focus * T(gamma_pos - gamma_neg) * log_u + gamma * previous * (negative - rest);
     terms.grad_target = (log_other - times(p, log_positive)) * focus + T(attached) * entropy * focus_by_target;
     return weighted(w, scale, terms);

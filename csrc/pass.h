@@ -40,9 +40,6 @@ class Pass {
   Tensor normalizer_;
 };
 
-// A number as a target of this dtype holds it: 0.1 is another one in float32.
-double as_label(double number, at::ScalarType dtype);
-
 // What a kernel writes to: a tensor of one of the four floating types.
 Output output_of(const Tensor& tensor);
 // Whether elements lie at multiples of their size, as kernels need it. Memory that came from elsewhere may not.

@@ -90,7 +90,7 @@ def test_every_caller_is_routed_and_back(caller: str) -> None:
     native = operators_of(call, input, target)
     with bce_ext.fused():
         routed = operators_of(call, input, target)
-    assert any(name.startswith("bce_ext::binary_cross_entropy") for name in routed)
+    assert any(name.startswith("bce_ext::") for name in routed)
     assert not any(name.startswith("aten::binary_cross_entropy") for name in routed)
     assert operators_of(call, input, target) == native
     assert not any(name.startswith("bce_ext") for name in native)
@@ -321,9 +321,7 @@ def test_wrapped_before_the_import(kind: str, imported_anew: Callable[[], None])
                 assert F.binary_cross_entropy_with_logits is wrapper
                 assert is_ours(imported_early_with_logits)
                 assert is_ours(wrapper) == (kind != "c_function")
-                assert operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3)) >= {
-                    "bce_ext::binary_cross_entropy"
-                }
+                assert "bce_ext::_bce" in operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3))
             assert not is_ours(imported_early_with_logits)
             assert not is_ours(wrapper)
 
@@ -335,7 +333,7 @@ def test_a_function_that_is_gone_is_named(imported_anew: Callable[[], None], mon
     with pytest.warns(RuntimeWarning, match="binary_cross_entropy_with_logits was replaced") as warned:
         bce_ext.enable()
     assert warned[0].filename == __file__
-    assert operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3)) >= {"bce_ext::binary_cross_entropy"}
+    assert "bce_ext::_bce" in operators_of(F.binary_cross_entropy, torch.rand(3), torch.rand(3))
     assert not is_ours()
     bce_ext.disable()
 

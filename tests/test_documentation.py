@@ -117,8 +117,10 @@ def test_no_block_is_of_a_kind_that_nothing_checks(page: Path) -> None:
 
 
 @every_page
-def test_files_of_the_repository_that_are_linked_exist(page: Path) -> None:
+def test_files_of_the_repository_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
+    for path in re.findall(r"`(csrc/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(source:([^)#]+)", text) + re.findall(r"bce_ext/blob/main/([^)#]+)", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"bce-ext\.github\.io/bce_ext/([\w-]+)\.html", text):

@@ -26,3 +26,18 @@ def test_writes_tables_csv_and_plots(tmp_path: Path) -> None:
         plot = tmp_path / f"{name}.svg"
         assert plot.stat().st_size < 150_000
         assert "</svg>" in plot.read_text()
+
+
+def test_runs_without_rich_and_matplotlib(tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "benchmark.py"
+    script = (
+        "import runpy, sys; sys.modules.update(rich=None, matplotlib=None); sys.path.insert(0, sys.argv[1]); "
+        "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = ["--smoke", "--threads", "1", "--only", "sweep", "grid", "--output", tmp_path]
+    command = [sys.executable, "-c", script, program.parent, program, *options]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "cells are slower than native" in output
+    assert "CSV files, no plots since matplotlib is not installed" in output
+    assert {file.name for file in tmp_path.glob("*.csv")} == {"sweep.csv", "grid.csv"}

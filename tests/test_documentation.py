@@ -70,7 +70,8 @@ def test_every_public_docstring_has_an_example() -> None:
     finder = doctest.DocTestFinder()
     for name in bce_ext.__all__:
         thing = getattr(bce_ext, name)
-        if isinstance(thing, type) or (callable(thing) and thing.__module__ != "bce_ext._C"):
+        is_exception = isinstance(thing, type) and issubclass(thing, Exception)
+        if callable(thing) and not is_exception and thing.__module__ != "bce_ext._C":
             assert any(test.examples for test in finder.find(thing, name)), name
 
 
@@ -79,7 +80,7 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     modules = {name for name in bce_ext.__all__ if isinstance(getattr(bce_ext, name), type(bce_ext))}
     for name in modules:
         assert f".. automodule:: bce_ext.{name}\n   :members:" in page
-    named = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.M))
+    named = set(re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", page, re.M))
     assert named == set(bce_ext.__all__) - modules
 
 
@@ -117,8 +118,10 @@ def test_no_block_is_of_a_kind_that_nothing_checks(page: Path) -> None:
 
 
 @every_page
-def test_files_of_the_repository_that_are_linked_exist(page: Path) -> None:
+def test_files_of_the_repository_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
+    for path in re.findall(r"`(csrc/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(source:([^)#]+)", text) + re.findall(r"bce_ext/blob/main/([^)#]+)", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"bce-ext\.github\.io/bce_ext/([\w-]+)\.html", text):

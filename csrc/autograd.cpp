@@ -13,24 +13,25 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "composite.h"
 #include "ops.h"
 
 namespace bce_ext {
+
+Tensor scaled(Tensor grad, const Tensor& grad_output) {
+  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    scale_grad_(grad, grad_output);
+    return grad;
+  }
+  return (grad * grad_output).to(grad.scalar_type());
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool transform_is_active() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
-
-bool has_tangent(const Tensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
-bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
-bool requires_grad(const OptionalTensor& tensor) { return is_defined(tensor) && tensor->requires_grad(); }
 
 bool needs_composite(const Arguments& arguments) {
   return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) ||
@@ -42,16 +43,6 @@ bool needs_composite(const Arguments& arguments) {
 
 bool needs_graph(const Arguments& arguments) {
   return at::GradMode::is_enabled() && (arguments.input.requires_grad() || arguments.target.requires_grad());
-}
-
-// `grad` belongs to the caller alone.
-Tensor scaled(Tensor grad, const Tensor& grad_output) {
-  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    scale_grad_(grad, grad_output);
-    return grad;
-  }
-  return (grad * grad_output).to(grad.scalar_type());
 }
 
 // A float16 gradient of a mean would underflow before the factor of a gradient scaler reached it, so it is computed in
@@ -92,8 +83,6 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
-
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd

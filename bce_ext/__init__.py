@@ -4,6 +4,7 @@ from bce_ext import _ops as _ops  # first: the operators must be there for the r
 from bce_ext import distributed, functional
 from bce_ext._C import build_info
 from bce_ext.autograd import BCEWithLogitsFunction
+from bce_ext.linear import LinearBCEWithLogitsLoss
 from bce_ext.modules import BCELoss, BCEWithLogitsLoss
 from bce_ext.override import disable, enable, fused
 
@@ -13,6 +14,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
+    "LinearBCEWithLogitsLoss",
     "build_info",
     "disable",
     "enable",

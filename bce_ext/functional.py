@@ -8,8 +8,14 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bce_ext import _C
+from bce_ext.linear import linear_binary_cross_entropy_with_logits, siglip_loss
 
-__all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "linear_binary_cross_entropy_with_logits",
+    "siglip_loss",
+]
 
 
 def binary_cross_entropy_with_logits(

@@ -37,9 +37,13 @@ BlockTarget::BlockTarget(const LinearArguments& arguments, const Blocks& blocks)
 
 void BlockTarget::sort_elements(const LinearArguments& arguments) {
   const auto [rows, labels, values] = elements_of(arguments);
-  const Tensor is_none = labels < 0;  // of class indices; check_elements refuses it in a sparse target
+  const Tensor is_none = labels < 0;  // of class indices
   Tensor outside = is_none.logical_or(labels >= blocks_.num_labels);
-  if (arguments.is_sparse()) outside = outside.logical_or(rows < 0).logical_or(rows >= blocks_.num_rows);
+  if (arguments.is_sparse()) {
+    outside = outside.logical_or(rows < 0).logical_or(rows >= blocks_.num_rows);
+    TORCH_CHECK(!outside.is_cpu() || !outside.any().item<bool>(),
+                "_linear_bce: expected indices of rows and labels inside of the logits");
+  }
 
   // What is outside belongs to no block.
   const Tensor block = rows.div(blocks_.block_rows, "floor") * blocks_.across() +

@@ -4,6 +4,8 @@
 // scaled by grad_output where that is not 1. none: forward keeps nothing but the inputs, backward computes from them.
 // Whatever asks for more than that (a transform, a forward-mode tangent, a weight that requires grad, a second
 // derivative) gets the composite formula of composite.cpp.
+#include "autograd.h"
+
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
@@ -13,7 +15,6 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "autograd.h"
 #include "composite.h"
 #include "ops.h"
 

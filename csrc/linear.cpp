@@ -130,7 +130,8 @@ SparseTarget from_csr(const Tensor& target) {
   check_values(is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
                ": expected crow_indices that rise from 0 to the number of values (", count, ")");
   // A search stays inside of any crow_indices, where counting through them would not.
-  const Tensor rows = at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
+  const Tensor rows =
+      at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
   return {std::move(values), at::stack({rows, labels})};
 }
 
@@ -160,8 +161,8 @@ SparseTarget split_target(const Tensor& target, const Tensor& input, const Tenso
                  ": expected the sparse target to have labels from 0 to ", target.size(-1) - 1);
     return sparse;
   }
-  TORCH_CHECK(target.layout() == at::kStrided, kName, ": expected a target that is strided, sparse CSR or COO, but got ",
-              target.layout());
+  TORCH_CHECK(target.layout() == at::kStrided, kName,
+              ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
   if (!are_class_indices(target, input)) {
     return {target.reshape_symint({num_rows_of(input), linear_weight.sym_size(0)}), Tensor()};
   }
@@ -195,14 +196,14 @@ Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, cons
   const OptionalTensor flat_weight = with_rows_in_one_dimension(weight, input);
   const OptionalTensor flat_pos_weight = with_rows_in_one_dimension(pos_weight, input);
   if (input.dim() == 2) {
-    return linear_bce({input, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight,
-                       normalizer, options},
-                      reduction);
+    return linear_bce(
+        {input, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
+        reduction);
   }
   const Tensor rows = input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
-  const Tensor loss = linear_bce({rows, linear_weight, linear_bias, split.values, indices, flat_weight,
-                                  flat_pos_weight, normalizer, options},
-                                 reduction);
+  const Tensor loss = linear_bce(
+      {rows, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
+      reduction);
   return reduction == at::Reduction::None ? loss.reshape_symint(logits_size(input, linear_weight)) : loss;
 }
 
@@ -241,8 +242,7 @@ void check_linear_arguments(const LinearArguments& arguments) {
   const c10::SymDimVector size = logits_size(input, arguments.linear_weight);
   const Tensor logits = at::empty({}, input.options()).expand_symint(size);
   const bool is_dense = !arguments.is_sparse() && !arguments.has_class_indices();
-  check_arguments(
-      arguments.of_loss(logits, is_dense ? target : at::empty({}, target.options()).expand_symint(size)));
+  check_arguments(arguments.of_loss(logits, is_dense ? target : at::empty({}, target.options()).expand_symint(size)));
 }
 
 at::ScalarType loss_dtype(const LinearArguments& arguments) {

@@ -21,9 +21,8 @@ using torch::autograd::variable_list;
 constexpr int kInput = 0, kWeight = 1, kBias = 2;
 
 bool needs_plain_form(const LinearArguments& arguments) {
-  const OptionalTensor operands[] = {arguments.input,  arguments.linear_weight, arguments.linear_bias,
-                                     arguments.target, arguments.weight,        arguments.pos_weight,
-                                     arguments.normalizer};
+  const OptionalTensor operands[] = {arguments.input,  arguments.linear_weight, arguments.linear_bias, arguments.target,
+                                     arguments.weight, arguments.pos_weight,    arguments.normalizer};
   for (const auto& operand : operands) {
     if (is_defined(operand) && has_tangent(*operand)) return true;
   }
@@ -39,19 +38,19 @@ LinearMask wanted_gradients(const LinearArguments& arguments) {
 
 bool any(const LinearMask& mask) { return mask[kInput] || mask[kWeight] || mask[kBias]; }
 
-// As for the loss alone: a float16 gradient of a mean would underflow before the factor of a gradient scaler reached it.
+// As for the loss alone: a float16 gradient of a mean would underflow before the factor of a gradient scaler reached
+// it.
 bool stores_gradients(const LinearArguments& arguments) { return arguments.input.scalar_type() != at::kHalf; }
 
 // The gradients by operations that have derivatives in turn.
-variable_list differentiable_gradients(const LinearArguments& arguments, const Tensor& grad_output,
-                                       c10::SymInt divisor, const LinearMask& mask) {
+variable_list differentiable_gradients(const LinearArguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
+                                       const LinearMask& mask) {
   const Tensor logits = at::linear(arguments.input, arguments.linear_weight, arguments.linear_bias);
   const Tensor target = dense_target(arguments);
-  const Tensor gradient = std::get<0>(
-      bce_backward(arguments.of_loss(logits, target), grad_output, std::move(divisor), {true, false}));
+  const Tensor gradient =
+      std::get<0>(bce_backward(arguments.of_loss(logits, target), grad_output, std::move(divisor), {true, false}));
   return {mask[kInput] ? at::mm(gradient, arguments.linear_weight) : Tensor(),
-          mask[kWeight] ? at::mm(gradient.t(), arguments.input) : Tensor(),
-          mask[kBias] ? gradient.sum(0) : Tensor()};
+          mask[kWeight] ? at::mm(gradient.t(), arguments.input) : Tensor(), mask[kBias] ? gradient.sum(0) : Tensor()};
 }
 
 variable_list wanted(const LossAndGrads& results, const LinearMask& mask) {

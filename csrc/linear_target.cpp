@@ -46,12 +46,13 @@ void BlockTarget::sort_elements(const LinearArguments& arguments) {
   }
 
   // What is outside belongs to no block.
-  const Tensor block = rows.div(blocks_.block_rows, "floor") * blocks_.across() +
-                       labels.div(blocks_.block_labels, "floor");
+  const Tensor block =
+      rows.div(blocks_.block_rows, "floor") * blocks_.across() + labels.div(blocks_.block_labels, "floor");
   block_of_ = at::where(outside, -1, block);
   places_ = rows.remainder(blocks_.block_rows) * blocks_.block_labels + labels.remainder(blocks_.block_labels);
-  values_ = has_addition(values.scalar_type()) ? values
-                                               : values.to(is_hard_label(values.scalar_type()) ? at::kLong : at::kFloat);
+  values_ = has_addition(values.scalar_type())
+                ? values
+                : values.to(is_hard_label(values.scalar_type()) ? at::kLong : at::kFloat);
   const int64_t place_of_others = blocks_.block_rows * blocks_.block_labels;
   buffer_ = at::zeros({place_of_others + 1}, values_.options());
 

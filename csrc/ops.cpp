@@ -261,7 +261,7 @@ Tensor count_valid(const Tensor& target, double ignore_index) {
   "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, int formula, float[] options"
 
 // What those of the linear layer and its loss take first: LinearArguments.
-#define BCE_EXT_LINEAR_ARGUMENTS                                                                                 \
+#define BCE_EXT_LINEAR_ARGUMENTS                                                                              \
   "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? indices, Tensor? weight, " \
   "Tensor? pos_weight, Tensor? normalizer, float[] options"
 

@@ -67,11 +67,10 @@ class BlockwiseLoss {
       if (is_defined(arguments.normalizer)) factor_ = factor_ / *arguments.normalizer;
     }
     if (is_defined(grad_output)) grad_output_ = grad_output->to(at::kDouble);
-    const at::ScalarType dtype = arguments.input.scalar_type();
     grad_input_ = at::zeros(mask[0] ? arguments.input.sizes() : at::IntArrayRef{0}, options.dtype(sum_dtype_));
     grad_weight_ = mask[1] ? empty_gradient(arguments.linear_weight.sizes(), options) : at::empty({0}, options);
     grad_bias_ = at::empty({mask[2] ? blocks_.num_labels : 0}, options);
-    if (mask[2] && dtype == sum_dtype_) ones_ = at::ones({blocks_.block_rows}, options);
+    if (mask[2]) ones_ = at::ones({1, blocks_.block_rows}, options);
     if (blocks_.num_rows == 0) {
       grad_weight_.zero_();
       grad_bias_.zero_();
@@ -109,8 +108,7 @@ class BlockwiseLoss {
       }
       if (mask_[2]) {
         // A product with ones is faster than a sum over columns.
-        const Tensor sum = ones_.defined() ? at::mv(gradient.t(), ones_.narrow(0, 0, range.rows))
-                                           : gradient.sum(0, /*keepdim=*/false, sum_dtype_);
+        const Tensor sum = product(ones_.narrow(1, 0, range.rows), gradient).select(0, 0);
         bias_sum = bias_sum.defined() ? bias_sum.add_(sum) : sum;
       }
     }

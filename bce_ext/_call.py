@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from bce_ext import _C
 
-__all__ = ["Loss", "call", "reduction_number"]
+__all__ = ["Loss", "as_tensor", "call", "reduction_number"]
 
 Number = float | None
 
@@ -61,7 +61,7 @@ def call(
         if result is not NotImplemented:
             return result  # type: ignore[no-any-return]
     # Compilers and tracers see public operators only.
-    tensors = (*operands[:2], *map(_as_tensor, operands[2:]))
+    tensors = (*operands[:2], *map(as_tensor, operands[2:]))
     return loss.operator(*operands[:2], reduction=number, **_given(loss, tensors, options))
 
 
@@ -78,7 +78,7 @@ def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Number, ...]) -
     return keywords | {name: value for name, value in zip(loss.options, options) if value != loss.options[name]}  # noqa: B905
 
 
-def _as_tensor(weight: Tensor | float | None) -> Tensor | None:
+def as_tensor(weight: Tensor | float | None) -> Tensor | None:
     """A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device."""
     if isinstance(weight, (int, float)):
         return torch.scalar_tensor(weight, dtype=torch.float64, device="cpu")

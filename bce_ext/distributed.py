@@ -21,10 +21,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["register_when_imported"]
+__all__ = ["is_dtensor", "register_when_imported"]
 
 _DTENSOR = "torch.distributed.tensor"
 _MEAN = 1  # at::Reduction
+
+
+def is_dtensor(tensor: object) -> bool:
+    module = sys.modules.get(_DTENSOR)
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def register_when_imported() -> None:

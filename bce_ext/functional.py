@@ -7,8 +7,16 @@ from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from bce_ext._call import Loss, call, reduction_number
+from bce_ext.linear import linear_binary_cross_entropy_with_logits, siglip_loss
 
-__all__ = ["asymmetric_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
+__all__ = [
+    "asymmetric_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "linear_binary_cross_entropy_with_logits",
+    "siglip_loss",
+    "sigmoid_focal_loss",
+]
 
 
 def binary_cross_entropy_with_logits(

@@ -4,6 +4,8 @@
 // scaled by grad_output where that is not 1. none: forward keeps nothing but the inputs, backward computes from them.
 // Whatever asks for more than that (a transform, a forward-mode tangent, a weight that requires grad, a second
 // derivative) gets the composite formula of composite.cpp.
+#include "autograd.h"
+
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
@@ -17,20 +19,20 @@
 #include "ops.h"
 
 namespace bce_ext {
+
+Tensor scaled(Tensor grad, const Tensor& grad_output) {
+  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    scale_grad_(grad, grad_output);
+    return grad;
+  }
+  return (grad * grad_output).to(grad.scalar_type());
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool transform_is_active() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
-
-bool has_tangent(const Tensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
-bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
-bool requires_grad(const OptionalTensor& tensor) { return is_defined(tensor) && tensor->requires_grad(); }
 
 bool needs_composite(const Arguments& arguments) {
   return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) ||
@@ -42,16 +44,6 @@ bool needs_composite(const Arguments& arguments) {
 
 bool needs_graph(const Arguments& arguments) {
   return at::GradMode::is_enabled() && (arguments.input.requires_grad() || arguments.target.requires_grad());
-}
-
-// `grad` belongs to the caller alone.
-Tensor scaled(Tensor grad, const Tensor& grad_output) {
-  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    scale_grad_(grad, grad_output);
-    return grad;
-  }
-  return (grad * grad_output).to(grad.scalar_type());
 }
 
 // A float16 gradient of a mean would underflow before the factor of a gradient scaler reached it, so it is computed in
@@ -95,8 +87,6 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
-
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd

@@ -307,6 +307,11 @@ Tensor count_valid(const Tensor& target, double ignore_index) {
 #define BCE_EXT_ARGUMENTS \
   "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, int formula, float[] options"
 
+// What those of the linear layer and its loss take first: LinearArguments.
+#define BCE_EXT_LINEAR_ARGUMENTS                                                                              \
+  "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? indices, Tensor? weight, " \
+  "Tensor? pos_weight, Tensor? normalizer, float[] options"
+
 // What the overloads `options` of the public operators take beyond the arguments of aten.
 #define BCE_EXT_OPTIONS "float label_smoothing=0.0, Scalar? ignore_index=None, Tensor? normalizer=None"
 
@@ -347,8 +352,21 @@ TORCH_LIBRARY(bce_ext, m) {
   m.def("_scale_grad_(Tensor(a!) grad, Tensor grad_output) -> ()");
   // The number of elements that do not equal ignore_index, in float64.
   m.def("_count_valid(Tensor target, float ignore_index) -> Tensor");
+
+  // The linear layer and its loss. target: dense, class indices or, sparse, a tensor of the same size.
+  m.def(
+      "linear_binary_cross_entropy_with_logits(Tensor input, Tensor linear_weight, Tensor target, *, Tensor? "
+      "linear_bias=None, Tensor? weight=None, Tensor? pos_weight=None, int reduction=1, " BCE_EXT_OPTIONS
+      ") -> Tensor");
+  m.def("_linear_bce(" BCE_EXT_LINEAR_ARGUMENTS ", int reduction, ScalarType? dtype=None) -> Tensor");
+  // Without the logits. The gradients are multiplied by grad_output, if it is given, and divided as those of
+  // _bce_loss_and_grad. One that output_mask does not ask for is an empty tensor.
+  m.def("_linear_bce_loss_and_grads(" BCE_EXT_LINEAR_ARGUMENTS
+        ", SymInt divisor, ScalarType dtype, Tensor? grad_output, bool[3] output_mask) -> (Tensor loss, Tensor "
+        "grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
+#undef BCE_EXT_LINEAR_ARGUMENTS
 #undef BCE_EXT_ARGUMENTS
 #undef BCE_EXT_OPTIONS
 

@@ -1,0 +1,266 @@
+"""A linear layer together with its loss, without the matrix of logits: for many labels, and for image-text batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from bce_ext import distributed
+from bce_ext._call import as_tensor, reduction_number
+
+__all__ = ["LinearBCEWithLogitsLoss", "linear_binary_cross_entropy_with_logits", "siglip_loss"]
+
+
+def linear_binary_cross_entropy_with_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross entropy of the logits of a linear layer, without the matrix of logits.
+
+    With input :math:`h`, weight :math:`W` and bias :math:`b` of the layer, the logits are
+
+    .. math::
+        x = h W^\top + b,
+
+    and the result equals ``binary_cross_entropy_with_logits(F.linear(input, linear_weight, linear_bias), target, ...)``. For a reduced loss, a block of logits
+    at a time is computed, turned into loss and gradient, and multiplied into the gradients
+
+    .. math::
+        \frac{\partial \ell}{\partial h} = g W, \qquad \frac{\partial \ell}{\partial W} = g^\top h, \qquad
+        \frac{\partial \ell}{\partial b} = g^\top 1, \qquad g = \frac{\partial \ell}{\partial x},
+
+    so that beside these gradients a few blocks are all the memory it takes. Only those gradients are computed that are asked for.
+
+    Args:
+        input: the features, float64, float32, bfloat16 or float16.
+        linear_weight: the weight of the layer, of the dtype of ``input``. A :class:`torch.distributed.tensor.DTensor` that is sharded on dimension 0 divides
+            the labels among processes.
+        target: dense of any real dtype; ``torch.sparse_csr`` or ``torch.sparse_coo`` of the same size, where what is not listed is 0 and what is listed more
+            than once is added up; or class indices, one integer for each row, which is its one positive label, negative for none.
+        linear_bias: the bias of the layer.
+        weight: rescales the loss of each element; broadcasts to the size of the logits.
+        pos_weight: rescales the positive part; broadcasts to the size of the logits.
+        reduction: ``'none'`` | ``'mean'`` | ``'sum'``. ``'none'`` returns as many losses as there are logits, so it computes those.
+        label_smoothing: :math:`\varepsilon \in [0, 1]`; a target :math:`y` becomes :math:`y (1 - \varepsilon) + \varepsilon / 2`.
+        ignore_index: elements whose target has this value have no loss and no gradient, and a mean does not count them.
+        normalizer: for ``'mean'``: one number that the sum is divided by, in place of the number of elements.
+
+    Shape:
+        - ``input``: :math:`(*, D)` for any number of dimensions, also none
+        - ``linear_weight``: :math:`(C, D)`; ``linear_bias``: :math:`(C)`
+        - ``target``: :math:`(*, C)`, or :math:`(*)` for class indices
+        - returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*, C)` for ``'none'``
+
+    Returns:
+        The loss, in the dtype of ``input``, promoted with that of a floating ``target``.
+
+    Raises:
+        ValueError: ``target`` has a size that does not go with the logits, or ``reduction`` is unknown.
+        IndexError: a class index is not below the number of labels.
+        RuntimeError: the number of features or the dtypes differ, a sparse target is not valid, a weight does not broadcast, or the devices differ.
+        NotImplementedError: ``input`` is not of a floating dtype.
+
+    Note:
+        Products are those of ATen, in the dtype of the input; those of float16 gradients are in float32. Sums over blocks are in float32 (float64 for
+        float64), and are rounded once. The same call gives the same bits from run to run; for another number of threads, as far as the matrix
+        product of the BLAS does. Small problems take the plain form, as do transforms, forward-mode derivatives, and derivatives with respect to the target
+        or the weights of the loss.
+
+    Example::
+
+        >>> input = torch.zeros(2, 3)  # 2 rows of 3 features
+        >>> linear_weight = torch.zeros(5, 3)  # 5 labels
+        >>> target = torch.tensor([4, -1])  # label 4 for the first row, none for the second
+        >>> linear_binary_cross_entropy_with_logits(input, linear_weight, target)  # log(2)
+        tensor(0.6931)
+    """
+    reduction_enum = reduction_number(reduction)
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight, pos_weight, normalizer):
+        return handle_torch_function(
+            linear_binary_cross_entropy_with_logits,
+            (input, linear_weight, target, linear_bias, weight, pos_weight, normalizer),
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            pos_weight=pos_weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+        )
+    if distributed.is_dtensor(linear_weight):
+        from bce_ext import sharded_labels
+
+        return sharded_labels.loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            pos_weight=pos_weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+        )
+    weight = as_tensor(weight)
+    pos_weight = as_tensor(pos_weight)
+    normalizer = as_tensor(normalizer)
+    return torch.ops.bce_ext.linear_binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        pos_weight=pos_weight,
+        reduction=reduction_enum,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+    )
+
+
+def siglip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
+    r"""The sigmoid loss for pairs of images and texts (SigLIP), without the matrix of logits.
+
+    With image features :math:`u_i`, text features :math:`v_j`, scale :math:`s` and bias :math:`b`,
+
+    .. math::
+        \ell = -\frac{1}{N} \sum_{i=1}^N \sum_{j=1}^N \log \sigma\bigl(z_{ij} (s\, u_i \cdot v_j + b)\bigr), \qquad
+        z_{ij} = \begin{cases} 1 & i = j \\ -1 & i \ne j. \end{cases}
+
+    Args:
+        image_features: usually of length 1 each.
+        text_features: as many, of the same dtype. Row :math:`i` belongs to image :math:`i`.
+        logit_scale: :math:`s`, one number; where a model learns its logarithm, ``log_scale.exp()``.
+        logit_bias: :math:`b`, one number.
+
+    Shape:
+        ``image_features`` and ``text_features``: :math:`(N, D)`. Returns a scalar.
+
+    Returns:
+        The loss, with gradients for all four arguments.
+
+    Raises:
+        ValueError: the features are not matrices of the same size.
+
+    Note:
+        It is :func:`linear_binary_cross_entropy_with_logits` with the texts as labels, and class indices :math:`0, \dots, N - 1`.
+
+    Example::
+
+        >>> features = torch.eye(2)
+        >>> siglip_loss(features, features, torch.tensor(10.0), torch.tensor(-10.0))
+        tensor(0.6932)
+    """
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            "siglip_loss: expected image_features and text_features of the same size (N, D), but got "
+            f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    num_pairs = image_features.shape[0]
+    device = image_features.device
+    return linear_binary_cross_entropy_with_logits(
+        image_features * logit_scale.to(image_features.dtype),
+        text_features,
+        torch.arange(num_pairs, device=device),
+        linear_bias=None if logit_bias is None else logit_bias.to(image_features.dtype).reshape(1).expand(num_pairs),
+        normalizer=torch.full((), num_pairs, dtype=torch.float64, device=device),
+    )
+
+
+class LinearBCEWithLogitsLoss(torch.nn.Module):
+    r"""A linear layer and the binary cross entropy of its logits: :func:`bce_ext.functional.linear_binary_cross_entropy_with_logits` as a module.
+
+    It takes the place of the last layer and the loss. The layer is ``loss.linear``, a :class:`torch.nn.Linear`: call it for logits, for example to predict.
+
+    Args:
+        in_features: the number of features :math:`D`.
+        num_labels: the number of labels :math:`C`.
+        bias: whether the layer has a bias.
+        weight: rescales the loss of each element; broadcasts to the size of the logits. A tensor, or a number.
+        pos_weight: rescales the positive part; broadcasts to the size of the logits. A tensor, or a number.
+        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
+        label_smoothing: in :math:`[0, 1]`.
+        ignore_index: a value of the target whose elements are left out.
+        device: of the layer.
+        dtype: of the layer.
+
+    Shape:
+        Input: :math:`(*, D)`. Target: :math:`(*, C)`, dense or sparse, or :math:`(*)` for class indices. Output: a scalar for ``'mean'`` and ``'sum'``,
+        :math:`(*, C)` for ``'none'``.
+
+    Example::
+
+        >>> loss = bce_ext.LinearBCEWithLogitsLoss(64, 100_000)
+        >>> features = torch.randn(8, 64, requires_grad=True)
+        >>> target = torch.randint(100_000, (8,))
+        >>> loss(features, target).backward()
+        >>> best = loss.linear(features).topk(5)
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        bias: bool = True,
+        weight: Tensor | float | None = None,
+        pos_weight: Tensor | float | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ignore_index: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_labels, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", _as_buffer(weight, device))
+        self.register_buffer("pos_weight", _as_buffer(pos_weight, device))
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    def extra_repr(self) -> str:
+        words = [f"reduction={self.reduction!r}"]
+        if self.label_smoothing != 0.0:
+            words.append(f"label_smoothing={self.label_smoothing}")
+        if self.ignore_index is not None:
+            words.append(f"ignore_index={self.ignore_index}")
+        return ", ".join(words)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_binary_cross_entropy_with_logits(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+
+
+def _as_buffer(number: Tensor | float | None, device: torch.device | str | None) -> Tensor | None:
+    if isinstance(number, (int, float)):
+        return torch.tensor(number, dtype=torch.get_default_dtype(), device=device)
+    return number

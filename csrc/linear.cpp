@@ -1,0 +1,310 @@
+// The public operator, the checks of its arguments, and the plain form.
+#include "linear.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+
+#include "linear_target.h"
+
+namespace bce_ext {
+namespace {
+
+constexpr auto kName = "linear_binary_cross_entropy_with_logits";
+
+template <typename R, typename... Rest>
+using Signature = R(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, at::ArrayRef<double>, Rest...);
+
+template <typename Signature, typename... Rest>
+auto call(const c10::TypedOperatorHandle<Signature>& op, const LinearArguments& arguments, Rest&&... rest) {
+  return op.call(arguments.input, arguments.linear_weight, arguments.linear_bias, arguments.target, arguments.indices,
+                 arguments.weight, arguments.pos_weight, arguments.normalizer, arguments.options,
+                 std::forward<Rest>(rest)...);
+}
+
+bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/false); }
+
+// The layer: what F.linear would refuse, in one sentence. The input has any number of dimensions.
+void check_layer(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
+                 const Tensor& target) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, kName,
+      ": expected a strided input of a real floating dtype (float64, float32, bfloat16 or float16), but got ",
+      input.scalar_type(), ", ", input.layout());
+  TORCH_CHECK(input.dim() >= 1, kName, ": expected an input of at least one dimension, but got a number");
+  TORCH_CHECK(linear_weight.dim() == 2 && linear_weight.sym_size(1) == input.sym_size(-1), kName,
+              ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
+              linear_weight.sym_sizes());
+  const auto check_like_input = [&](const Tensor& tensor, const char* what) {
+    TORCH_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.layout() == at::kStrided, kName,
+                ": expected a strided ", what, " of the dtype of input (", input.scalar_type(), "), but got ",
+                tensor.scalar_type(), ", ", tensor.layout());
+    TORCH_CHECK(tensor.device() == input.device(), kName, ": expected ", what, " on the device of input (",
+                input.device(), "), but got ", tensor.device());
+    check_storage(tensor, what);
+  };
+  check_like_input(linear_weight, "linear_weight");
+  if (is_defined(linear_bias)) {
+    check_like_input(*linear_bias, "linear_bias");
+    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight.sym_size(0), kName,
+                ": expected linear_bias of size (", linear_weight.sym_size(0), "), but got size ",
+                linear_bias->sym_sizes());
+  }
+  TORCH_CHECK(target.device() == input.device(), kName, ": expected target on the device of input (", input.device(),
+              "), but got ", target.device());
+  check_storage(input, "input");
+}
+
+c10::SymInt num_rows_of(const Tensor& input) {
+  c10::SymInt count = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) count *= input.sym_size(d);
+  return count;
+}
+
+// The size of the logits.
+c10::SymDimVector logits_size(const Tensor& input, const Tensor& linear_weight) {
+  c10::SymDimVector size(input.sym_sizes().begin(), input.sym_sizes().end());
+  size.back() = linear_weight.sym_size(0);
+  return size;
+}
+
+bool are_class_indices(const Tensor& target, const Tensor& input) {
+  return target.layout() == at::kStrided && target.dim() + 1 == input.dim() && is_integer(target.scalar_type());
+}
+
+void check_target_size(const Tensor& target, const Tensor& input, const Tensor& linear_weight) {
+  const auto expected = logits_size(input, linear_weight);
+  if (are_class_indices(target, input)) {
+    TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes().slice(0, target.dim()), kName,
+                      ": expected class indices of size ", input.sym_sizes().slice(0, target.dim()), ", but got size ",
+                      target.sym_sizes());
+    return;
+  }
+  TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(expected), kName, ": Target size (", target.sym_sizes(),
+                    ") must be the same as the size of the logits (", c10::SymIntArrayRef(expected),
+                    "), or one integer for each row");
+}
+
+// A condition on what a tensor holds. Where the host cannot look without waiting, the device checks it.
+template <typename... Words>
+void check_values(const Tensor& is_valid, const Words&... words) {
+  if (!is_plain(is_valid) || is_valid.is_meta()) return;
+  if (is_valid.is_cpu()) {
+    TORCH_CHECK(is_valid.all().item<bool>(), kName, words...);
+  } else {
+    at::_assert_async(is_valid.all(), "linear_binary_cross_entropy_with_logits: the target is not valid");
+  }
+}
+
+void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
+  if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
+  const Tensor is_valid = target.to(at::kLong) < num_labels.expect_int();
+  if (!target.is_cpu()) return check_values(is_valid);
+  const Tensor largest = target.to(at::kLong).max();
+  TORCH_CHECK_INDEX(largest.item<int64_t>() < num_labels.expect_int(), kName,
+                    ": expected class indices below the number of labels (", num_labels, "), but one is ",
+                    largest.item<int64_t>());
+}
+
+struct SparseTarget {
+  Tensor values, indices;
+};
+
+SparseTarget from_csr(const Tensor& target) {
+  TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kName,
+              ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
+              " dense ones");
+  const Tensor crow = target.crow_indices().to(at::kLong);
+  const Tensor labels = target.col_indices().to(at::kLong);
+  Tensor values = target.values();
+  const int64_t count = values.size(0);
+  TORCH_CHECK(crow.dim() == 1 && crow.size(0) == target.size(0) + 1 && labels.dim() == 1 && labels.size(0) == count,
+              kName, ": expected crow_indices of size ", target.size(0) + 1, " and as many col_indices as values (",
+              count, "), but got sizes ", crow.sizes(), " and ", labels.sizes());
+  const Tensor is_monotone = (crow.diff() >= 0).all();
+  check_values(is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
+               ": expected crow_indices that rise from 0 to the number of values (", count, ")");
+  // A search stays inside of any crow_indices, where counting through them would not.
+  const Tensor rows =
+      at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
+  return {std::move(values), at::stack({rows, labels})};
+}
+
+SparseTarget from_coo(const Tensor& target) {
+  TORCH_CHECK(target.dense_dim() == 0, kName, ": expected a sparse COO target without dense dimensions, but got ",
+              target.dense_dim());
+  // Duplicates are added up anyway; only coalesced values have a derivative.
+  const bool coalesces = target.requires_grad();
+  const Tensor given = coalesces ? target.coalesce() : target;
+  const Tensor positions = coalesces ? given.indices() : given._indices();
+  Tensor rows = at::zeros({positions.size(1)}, positions.options());
+  for (int64_t d = 0; d + 1 < target.dim(); ++d) {
+    const Tensor position = positions.select(0, d);
+    check_values((position >= 0).logical_and(position < target.size(d)),
+                 ": expected indices of the sparse target below its size (", target.size(d), ") in dimension ", d);
+    rows = rows * target.size(d) + position;
+  }
+  return {coalesces ? given.values() : given._values(), at::stack({rows, positions.select(0, -1)})};
+}
+
+// A target as the internal operators take it.
+SparseTarget split_target(const Tensor& target, const Tensor& input, const Tensor& linear_weight) {
+  if (target.layout() == at::kSparse || target.layout() == at::kSparseCsr) {
+    SparseTarget sparse = target.layout() == at::kSparse ? from_coo(target) : from_csr(target);
+    const Tensor labels = sparse.indices.select(0, 1);
+    check_values((labels >= 0).logical_and(labels < target.size(-1)),
+                 ": expected the sparse target to have labels from 0 to ", target.size(-1) - 1);
+    return sparse;
+  }
+  TORCH_CHECK(target.layout() == at::kStrided, kName,
+              ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
+  if (!are_class_indices(target, input)) {
+    return {target.reshape_symint({num_rows_of(input), linear_weight.sym_size(0)}), Tensor()};
+  }
+  check_class_indices(target, linear_weight.sym_size(0));
+  return {target.reshape({-1}), Tensor()};
+}
+
+// Weights broadcast to the logits. With the rows in one dimension, those that have a value for each row are reshaped
+// with them.
+OptionalTensor with_rows_in_one_dimension(const OptionalTensor& weight, const Tensor& input) {
+  if (!is_defined(weight) || weight->dim() < 2 || (weight->dim() == 2 && input.dim() == 2)) return weight;
+  if (weight->dim() > input.dim()) return weight;  // to be refused
+  c10::SymDimVector size(input.sym_sizes().begin(), input.sym_sizes().end());
+  size.back() = weight->sym_size(-1);
+  return weight->expand_symint(size).reshape_symint({num_rows_of(input), weight->sym_size(-1)});
+}
+
+double number_or_nan(const std::optional<at::Scalar>& number) {
+  return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
+}
+
+Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                          const OptionalTensor& linear_bias, const OptionalTensor& weight,
+                          const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
+                          const std::optional<at::Scalar>& ignore_index, const OptionalTensor& normalizer) {
+  check_layer(input, linear_weight, linear_bias, target);
+  check_target_size(target, input, linear_weight);
+  const SparseTarget split = split_target(target, input, linear_weight);
+  const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
+  const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
+  const OptionalTensor flat_weight = with_rows_in_one_dimension(weight, input);
+  const OptionalTensor flat_pos_weight = with_rows_in_one_dimension(pos_weight, input);
+  if (input.dim() == 2) {
+    return linear_bce(
+        {input, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
+        reduction);
+  }
+  const Tensor rows = input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
+  const Tensor loss = linear_bce(
+      {rows, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
+      reduction);
+  return reduction == at::Reduction::None ? loss.reshape_symint(logits_size(input, linear_weight)) : loss;
+}
+
+Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction,
+                             std::optional<at::ScalarType> given_dtype) {
+  check_linear_arguments(arguments);
+  const at::ScalarType dtype = given_dtype.value_or(loss_dtype(arguments));
+  if (!takes_blocks(arguments, reduction)) return plain_loss(arguments, reduction, dtype);
+  const OptionalTensor normalizer = normalizer_of(arguments, reduction);
+  return std::get<0>(linear_bce_loss_and_grads(arguments.with_normalizer(normalizer), divisor_of(arguments, reduction),
+                                               dtype, std::nullopt, {false, false, false}));
+}
+
+}  // namespace
+
+void check_linear_arguments(const LinearArguments& arguments) {
+  const Tensor& input = arguments.input;
+  const Tensor& target = arguments.target;
+  TORCH_CHECK(input.defined() && arguments.linear_weight.defined() && target.defined(), kName,
+              ": expected input, linear_weight and target to be Tensors, but got None");
+  check_layer(input, arguments.linear_weight, arguments.linear_bias, target);
+  TORCH_CHECK_VALUE(input.dim() == 2, kName, ": expected rows of input, but got ", input.dim(), " dimensions");
+  check_storage(target, "target");
+  if (arguments.is_sparse()) {
+    const Tensor& indices = *arguments.indices;
+    TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&
+                    indices.sym_size(1) == target.sym_size(0) && indices.scalar_type() == at::kLong &&
+                    indices.device() == target.device(),
+                kName, ": expected int64 indices of size (2, ", target.sym_numel(), ") on the device of their values, ",
+                "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(), " on ", indices.device());
+    check_storage(indices, "indices");
+  } else {
+    check_target_size(target, input, arguments.linear_weight);
+  }
+  // The rest is for the loss to say, of logits and a target of these sizes.
+  const c10::SymDimVector size = logits_size(input, arguments.linear_weight);
+  const Tensor logits = at::empty({}, input.options()).expand_symint(size);
+  const bool is_dense = !arguments.is_sparse() && !arguments.has_class_indices();
+  check_arguments(arguments.of_loss(logits, is_dense ? target : at::empty({}, target.options()).expand_symint(size)));
+}
+
+at::ScalarType loss_dtype(const LinearArguments& arguments) {
+  return loss_dtype(arguments.of_loss(arguments.input, arguments.target));
+}
+
+c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction) {
+  const bool counts = reduction == at::Reduction::Mean && !is_defined(arguments.normalizer);
+  return counts ? arguments.num_rows() * arguments.num_labels() : c10::SymInt(1);
+}
+
+Tensor dense_target(const LinearArguments& arguments) {
+  const Tensor& target = arguments.target;
+  const c10::SymInt num_labels = arguments.num_labels();
+  if (arguments.has_class_indices()) {
+    return target.unsqueeze(1) == at::arange(num_labels, target.options().dtype(at::kLong));
+  }
+  if (!arguments.is_sparse()) return target;
+  const Tensor zeros = at::zeros_symint({arguments.num_rows(), num_labels}, target.options());
+  return zeros.index_put({arguments.indices->select(0, 0), arguments.indices->select(0, 1)}, target,
+                         /*accumulate=*/true);
+}
+
+Tensor plain_loss(const LinearArguments& arguments, int64_t reduction, at::ScalarType dtype) {
+  const Tensor logits = at::linear(arguments.input, arguments.linear_weight, arguments.linear_bias);
+  return bce(arguments.of_loss(logits, dense_target(arguments)), reduction, dtype);
+}
+
+Tensor linear_bce(const LinearArguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bce_ext::_linear_bce", "")
+                             .typed<Signature<Tensor, int64_t, std::optional<at::ScalarType>>>();
+  return call(op, arguments, reduction, dtype);
+}
+
+LossAndGrads linear_bce_loss_and_grads(const LinearArguments& arguments, c10::SymInt divisor, at::ScalarType dtype,
+                                       const OptionalTensor& grad_output, LinearMask output_mask) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bce_ext::_linear_bce_loss_and_grads", "")
+          .typed<Signature<LossAndGrads, c10::SymInt, at::ScalarType, const OptionalTensor&, LinearMask>>();
+  return call(op, arguments, std::move(divisor), dtype, grad_output, output_mask);
+}
+
+TORCH_LIBRARY_IMPL(bce_ext, CompositeImplicitAutograd, m) { m.impl(kName, linear_with_logits); }
+TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) {
+  m.impl("_linear_bce", LinearFlat<linear_below_autograd>::call);
+}
+
+namespace {
+
+// vmap: batching the plain form is batching its operations.
+Tensor linear_composite(const LinearArguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
+  check_linear_arguments(arguments);
+  return plain_loss(arguments, reduction, dtype.value_or(loss_dtype(arguments)));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bce_ext, FuncTorchBatched, m) {
+  m.impl(kName, linear_with_logits);
+  m.impl("_linear_bce", LinearFlat<linear_composite>::call);
+}
+
+}  // namespace bce_ext

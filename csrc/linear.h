@@ -1,0 +1,80 @@
+// The linear layer together with its loss: binary_cross_entropy_with_logits(linear(input, linear_weight, linear_bias),
+// target, ...), whose logits exist for a block of rows and labels at a time.
+#pragma once
+
+#include "ops.h"
+
+namespace bce_ext {
+
+// What the internal operators of the linear layer and its loss take first, as views of the caller's arguments.
+struct LinearArguments {
+  const Tensor& input;          // (N, in_features)
+  const Tensor& linear_weight;  // (num_labels, in_features)
+  const OptionalTensor& linear_bias;
+  // Dense: (N, num_labels). Class indices: (N), integers; a negative one stands for no label. Sparse: the values (nnz)
+  // that stand at `indices`, those of the same place added up, and 0 elsewhere.
+  const Tensor& target;
+  const OptionalTensor& indices;  // (2, nnz): row and label
+  const OptionalTensor& weight;
+  const OptionalTensor& pos_weight;
+  const OptionalTensor& normalizer;
+  at::ArrayRef<double> options;
+
+  bool is_sparse() const { return is_defined(indices); }
+  bool has_class_indices() const { return !is_sparse() && target.dim() == 1; }
+  c10::SymInt num_rows() const { return input.sym_size(0); }
+  c10::SymInt num_labels() const { return linear_weight.sym_size(0); }
+
+  // Those of the loss of some logits.
+  Arguments of_loss(const Tensor& logits, const Tensor& dense_target) const {
+    return {logits, dense_target, weight, pos_weight, normalizer, static_cast<int64_t>(Formula::WithLogits), options};
+  }
+  LinearArguments with_normalizer(const OptionalTensor& other) const {
+    return {input, linear_weight, linear_bias, target, indices, weight, pos_weight, other, options};
+  }
+};
+
+// As Flat in ops.h.
+template <auto function>
+struct LinearFlat;
+
+template <typename R, typename... Rest, R (*function)(const LinearArguments&, Rest...)>
+struct LinearFlat<function> {
+  static R call(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
+                const Tensor& target, const OptionalTensor& indices, const OptionalTensor& weight,
+                const OptionalTensor& pos_weight, const OptionalTensor& normalizer, at::ArrayRef<double> options,
+                Rest... rest) {
+    return function({input, linear_weight, linear_bias, target, indices, weight, pos_weight, normalizer, options},
+                    std::forward<Rest>(rest)...);
+  }
+};
+
+// Which gradients are wanted: of input, linear_weight, linear_bias.
+using LinearMask = std::array<bool, 3>;
+using LossAndGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Everything that can be told without looking into the tensors of the target.
+void check_linear_arguments(const LinearArguments& arguments);
+
+at::ScalarType loss_dtype(const LinearArguments& arguments);
+
+// The plain form: all logits, a dense target, and operators that are differentiable in every way.
+Tensor plain_loss(const LinearArguments& arguments, int64_t reduction, at::ScalarType dtype);
+Tensor dense_target(const LinearArguments& arguments);
+
+// The normalizer of a loss: the one that is given, or the number of elements that a `mean` does not ignore.
+OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction);
+
+// The part of the divisor that the host knows.
+c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction);
+
+// Whether blocks are faster than the plain form. They need a reduced loss and a device with kernels.
+bool takes_blocks(const LinearArguments& arguments, int64_t reduction);
+
+// The internal operators, called through the dispatcher.
+Tensor linear_bce(const LinearArguments& arguments, int64_t reduction,
+                  std::optional<at::ScalarType> dtype = std::nullopt);
+LossAndGrads linear_bce_loss_and_grads(const LinearArguments& arguments, c10::SymInt divisor, at::ScalarType dtype,
+                                       const OptionalTensor& grad_output, LinearMask output_mask);
+
+}  // namespace bce_ext

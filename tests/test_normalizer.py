@@ -56,7 +56,7 @@ def test_the_loss_has_the_dtype_of_the_input(loss: Member, dtype: torch.dtype, d
 
 @every_formula
 def test_gradient_of_the_normalizer(loss: Member, device: str) -> None:
-    input, target = problem(loss, 6, device, torch.float64)
+    input, target = problem(loss, 3, device, torch.float64)
     input = input if loss.of_logits else 0.1 + 0.8 * input
     normalizer = torch.tensor(2.5, dtype=torch.float64, device=device, requires_grad=True)
     leaves = (input.requires_grad_(), normalizer)
@@ -65,7 +65,7 @@ def test_gradient_of_the_normalizer(loss: Member, device: str) -> None:
         return loss(x, target, normalizer=n)
 
     assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, leaves, check_batched_grad=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
     value = function(*leaves)
     (gradient,) = torch.autograd.grad(value, normalizer)
     torch.testing.assert_close(gradient, -value.detach() / 2.5)

@@ -92,7 +92,11 @@ def is_target_gradient_at_the_end(grid: Grid, what: str) -> Tensor:
     return at_the_end if what == "grad_target" else torch.zeros_like(at_the_end)
 
 
-EVERY_PATH, TRANSFORMS = tuple(PATHS), ("func_grad", "vmap")
+def is_nan_weight_at_infinity(grid: Grid, what: str) -> Tensor:
+    return grid.operands["w"].isnan() & grid.operands["x"].isinf()
+
+
+EVERY_PATH = tuple(PATHS)
 LOGIT_LOSSES = ("with_logits", "focal", "asymmetric")
 
 # Condition, losses, paths: the rows of the table "Where our own paths differ" of docs/compatibility.md, in its order.
@@ -103,6 +107,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Grid, str], Tensor], tuple[str, ...], tup
         ("with_logits", "probabilities", "focal"),
         EVERY_PATH,
     ),
+    "a NaN weight beside an infinite logit": (is_nan_weight_at_infinity, ("focal",), EVERY_PATH),
 }
 
 
@@ -111,10 +116,11 @@ def differences(grid: Grid, actual: Tensor, expected: Tensor, what: str) -> Tens
     operands = grid.operands
     weights = {"weight": operands["w"]} | ({"pos_weight": operands["p"]} if "p" in operands else {})
     scale = getattr(grid.loss.terms(operands["x"], operands["y"], **weights), f"{what}_scale")
-    smallest = 1e-37 * (
-        1 + operands["w"].abs() * (1 + operands.get("p", operands["w"]).abs())
-    )  # in the subnormal numbers
-    tolerance = 1e-6 * expected.double().abs() + (1e-5 * scale + smallest).nan_to_num(0.0, 0.0)
+    # In the subnormal numbers each product is rounded to few places.
+    smallest = 1e-37 * (1 + operands["w"].abs() * (1 + operands.get("p", operands["w"]).abs()))
+    relative = torch.where(operands["w"].abs() < 1e-37, 1e-4, 1e-6)
+    rounding = sum(each.double().nan_to_num(0.0, 0.0) for each in (1e-5 * scale, smallest))
+    tolerance = relative * expected.double().abs() + rounding
     close = (actual.double() - expected.double()).abs() <= tolerance
     return ~((close & expected.isfinite()) | (actual == expected) | (actual.isnan() & expected.isnan()))
 

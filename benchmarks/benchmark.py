@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from cases import IMPLEMENTATIONS, Case
+from family import run_family
 from grid import Grid, run_grid
 from memory import run_memory
 from report import environment, write_csv
@@ -82,7 +83,7 @@ def main() -> None:
     how_much.add_argument("--quick", action="store_true", help="a part, in under 3 minutes")
     how_much.add_argument("--smoke", action="store_true", help="hardly anything: that it runs")
     how_much.add_argument("--targets", action="store_true", help="what the package promises on a CPU, and the grid")
-    parser.add_argument("--only", nargs="+", choices=("targets", "sweep", "memory", "grid"), help="only these parts")
+    parser.add_argument("--only", nargs="+", choices=("targets", "family", "sweep", "memory", "grid"), help="only these parts")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case of the targets")
@@ -104,6 +105,9 @@ def main() -> None:
     where = {"threads": args.threads, "device": args.device}
     if "targets" in parts:
         write_csv(output / "targets.csv", check_targets(args.threads, args.seconds))
+    if "family" in parts:
+        rows = run_family(args.device, args.threads, plan.seconds, plan.min_rounds)
+        write_csv(output / "family.csv", rows)
     if "sweep" in parts:
         cases = [replace(case, **where) for case in plan.sweep]
         rows = run_sweep(cases, plan.exponents, plan.compiled, plan.seconds, plan.min_rounds)

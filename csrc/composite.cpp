@@ -84,8 +84,10 @@ Tensor focal(const Arguments& arguments, const Operands& operands) {
   const Tensor gamma = at::scalar_tensor(arguments.parameter(1), operands.input.options());
   const Tensor& x = operands.input;
   const Tensor& y = operands.target;
-  const Tensor focused =
-      focus(y, x.sigmoid(), (-x).sigmoid(), bounded(at::log_sigmoid(x)), bounded(at::log_sigmoid(-x)), gamma);
+  // Infinite logits are constants of the factor: it has no slope there, and 0 times an infinite loss would be NaN.
+  const Tensor finite = at::where(x.isinf(), x.detach(), x);
+  const Tensor focused = focus(y, finite.sigmoid(), (-finite).sigmoid(), bounded(at::log_sigmoid(finite)),
+                               bounded(at::log_sigmoid(-finite)), gamma);
   const Tensor factor = alpha < 0 ? focused : (alpha * y + (1 - alpha) * (1 - y)) * focused;
   return limit_product(factor, cross_entropy(operands));
 }

@@ -38,7 +38,10 @@ std::tuple<Tensor, Tensor> backward_meta(const Arguments& arguments, const Tenso
           output_mask[1] ? empty_output(input, target.scalar_type()) : at::empty({0}, target.options())};
 }
 
-void scale_grad_meta(Tensor& /*grad*/, const Tensor& /*grad_output*/) {}
+void scale_grad_meta(Tensor& grad, const Tensor& /*grad_output*/) {
+  TORCH_CHECK(grad.is_meta(), "_scale_grad_: expected grad_output on the device of grad (", grad.device(),
+              "), but got meta");
+}
 
 Tensor count_valid_meta(const Tensor& target, double ignore_index) {
   check_count(target, ignore_index);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -74,17 +75,182 @@ def probabilities(input: Tensor, target: Tensor, weight: Tensor | None = None) -
     )
 
 
-def reduced(terms: Terms, reduction: str, grad_output: Tensor | float = 1.0) -> Terms:
-    """The terms of the reduced loss, its gradients times `grad_output`."""
+def focal(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Terms:
+    """torchvision's formula: ce * (1 - p_t)^gamma * alpha_t, with 1 - p as sigmoid(-x), and its derivatives by the product rule."""
+    x = input.detach().double()
+    y, w, p = (_float64(tensor, x) for tensor in (target, weight, pos_weight))
+    ce = with_logits(x, y, None, p)
+    prob, rest = x.sigmoid(), (-x).sigmoid()
+    one_minus_p_t = prob * (1 - y) + rest * y
+    alpha_t = torch.ones_like(y) if alpha < 0 else alpha * y + (1 - alpha) * (1 - y)
+    alpha_slope = 0.0 if alpha < 0 else 2 * alpha - 1
+    return _focused(
+        ce,
+        w,
+        alpha_t,
+        alpha_slope,
+        one_minus_p_t,
+        (1 - 2 * y) * prob * rest,
+        rest - prob,
+        torch.full_like(y, gamma),
+        0.0,
+    )
+
+
+def asymmetric(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float = 0.05,
+    detach_focusing: bool = False,
+    eps: float = 1e-8,
+) -> Terms:
+    """timm's formula, with 1 - sigmoid(x) as sigmoid(-x), and its derivatives by the product rule.
+
+    The scales are those of clip = 0: the clipped probability is a difference, and errors are relative to what it is a difference of."""
+    x = input.detach().double()
+    y, w, p = (_float64(tensor, x) for tensor in (target, weight, pos_weight))
+    positive, rest = x.sigmoid(), (-x).sigmoid()
+    negative = (rest + clip).clamp(max=1)
+    loss_of_1 = -torch.where(positive < eps, math.log(eps), -torch.logaddexp(-x, torch.zeros_like(x)))
+    of_0 = -torch.log1p(-(positive - clip).clamp(min=0))
+    of_0 = torch.where(negative < 0.5, -negative.clamp(min=eps).log(), of_0)
+    product = positive * rest
+    is_free = (negative < 1) & (negative >= eps)
+    slope_of_1 = torch.where(positive < eps, 0.0, -rest)
+    slope_of_0 = torch.where(is_free, product / negative.clamp(min=eps), 0.0)
+    softplus = torch.logaddexp(x, torch.zeros_like(x))
+    entropy = Terms(
+        loss=p * y * loss_of_1 + (1 - y) * of_0,
+        loss_scale=(p * y).abs() * loss_of_1 + (1 - y).abs() * softplus,
+        grad_input=p * y * slope_of_1 + (1 - y) * slope_of_0,
+        grad_input_scale=(p * y).abs() * rest + (1 - y).abs() * positive,
+        grad_target=p * loss_of_1 - of_0,
+        grad_target_scale=p.abs() * loss_of_1 + softplus,
+    )
+    clipped = (positive - clip).clamp(min=0)
+    factor = y * rest + (1 - y) * clipped
+    factor_scale = y.abs() * rest + (1 - y).abs() * positive
+    by_input = (1 - y) * torch.where(positive > clip, product, 0.0) - y * product
+    gamma = gamma_pos * y + gamma_neg * (1 - y)
+    return _focused(
+        entropy,
+        w,
+        torch.ones_like(y),
+        0.0,
+        factor,
+        by_input,
+        rest - clipped,
+        gamma,
+        gamma_pos - gamma_neg,
+        factor_scale,
+        rest + positive,
+        product,
+        detach_focusing,
+    )
+
+
+def _focused(
+    entropy: Terms,
+    w: Tensor,
+    alpha: Tensor,
+    alpha_slope: float,
+    u: Tensor,
+    u_by_input: Tensor,
+    u_by_target: Tensor,
+    gamma: Tensor,
+    gamma_slope: float,
+    u_scale: Tensor | None = None,
+    u_by_target_scale: Tensor | None = None,
+    u_by_input_scale: Tensor | None = None,
+    detached: bool = False,
+) -> Terms:
+    """w * alpha * entropy * u^gamma and its derivatives: what has no weight has no say, and u^(gamma - 1) has none where u is 0."""
+
+    def powers(base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        safe = torch.where(base > 0, base, 1.0)
+        is_zero = base <= 0
+        power = torch.where(is_zero, (gamma == 0).double(), safe**gamma)
+        return power, torch.where(is_zero, 0.0, gamma * safe ** (gamma - 1)), torch.where(is_zero, 0.0, safe.log())
+
+    def terms(
+        loss: Tensor, by_input: Tensor, by_target: Tensor, base: Tensor, du_dx: Tensor, du_dy: Tensor, magnitudes: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        power, slope, log = powers(base)
+        if magnitudes:
+            log, a_slope, g_slope, a = log.abs(), abs(alpha_slope), abs(gamma_slope), alpha.abs()
+        else:
+            a_slope, g_slope, a = alpha_slope, gamma_slope, alpha
+        through = 0.0 if detached else 1.0
+        focus_by_input = through * slope * du_dx
+        focus_by_target = through * (slope * du_dy + g_slope * log * power)
+        grad_input = a * (by_input * power + _product(focus_by_input, loss))
+        grad_target = _product(a_slope * power + a * focus_by_target, loss) + _product(a * power, by_target)
+        return _product(a * power, loss), grad_input, grad_target
+
+    u_scale = u.abs() if u_scale is None else u_scale
+    values = terms(entropy.loss, entropy.grad_input, entropy.grad_target, u, u_by_input, u_by_target, False)
+    scales = terms(
+        entropy.loss_scale,
+        entropy.grad_input_scale,
+        entropy.grad_target_scale,
+        u_scale,
+        u_by_input.abs() if u_by_input_scale is None else u_by_input_scale,
+        u_by_target.abs() if u_by_target_scale is None else u_by_target_scale,
+        True,
+    )
+    loss, grad_input, grad_target = (_product(w, value) for value in values)
+    loss_scale, grad_input_scale, grad_target_scale = (_product(w.abs(), scale) for scale in scales)
+    return Terms(loss, loss_scale, grad_input, grad_input_scale, grad_target, grad_target_scale)
+
+
+def with_options(
+    formula: Callable[..., Terms],
+    input: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    **arguments: object,
+) -> Terms:
+    """The terms for a smoothed target. Ignored elements, by the target as it is given, have none at all, whatever their other operands are."""
+    raw = target.detach()
+    y = raw.double() * (1 - label_smoothing) + label_smoothing / 2
+    terms = formula(input, y, **arguments)
+    if label_smoothing and formula is probabilities:  # the smoothed target is rounded before q is taken from it
+        q = input.detach().double()
+        terms.grad_input_scale = terms.grad_input_scale + y.abs() / ((1 - q) * q).clamp(min=1e-12)
+    terms.grad_target, terms.grad_target_scale = (
+        each * (1 - label_smoothing) for each in (terms.grad_target, terms.grad_target_scale)
+    )
+    if ignore_index is None:
+        return terms
+    ignored = raw == ignore_index
+    return Terms(*(torch.where(ignored, 0.0, getattr(terms, field.name)) for field in fields(Terms)))
+
+
+def reduced(terms: Terms, reduction: str, grad_output: Tensor | float = 1.0, divisor: float | None = None) -> Terms:
+    """The terms of the reduced loss, its gradients times `grad_output`. A mean divides by the number of elements, or by `divisor`."""
     numel = terms.loss.numel()
     factor = torch.as_tensor(grad_output, dtype=torch.float64, device=terms.loss.device)
     if reduction == "mean":
-        factor = factor / max(numel, 1)
+        factor = factor / (max(numel, 1) if divisor is None else divisor)
     loss, loss_scale = terms.loss, terms.loss_scale
     if reduction == "sum":
         loss, loss_scale = loss.sum(), loss_scale.sum()
     elif reduction == "mean":
-        loss, loss_scale = loss.mean(), loss_scale.mean()
+        count = numel if divisor is None else divisor
+        loss, loss_scale = loss.sum() / count, loss_scale.sum() / abs(count)
     return Terms(
         loss,
         loss_scale,

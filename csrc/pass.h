@@ -46,6 +46,8 @@ Output output_of(const Tensor& tensor);
 bool is_aligned(const Tensor& tensor);
 // The tensor itself, or a copy where kernels do not know its type or it is not aligned.
 Tensor readable(const Tensor& tensor);
+// A number as a target of this dtype holds it: 0.1 is another one in float32.
+double as_label(double number, at::ScalarType dtype);
 // What a kernel reads as it lies in memory, element by element.
 Operand flat_operand(const Tensor& tensor);
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from family import timm_asymmetric, torchvision_focal
 from torch import Tensor
 
 import bce_ext
@@ -79,6 +80,7 @@ PROBABILITIES = [
     Range("q in (0, 0.01), negatives", uniform(1e-6, 1e-2, torch.zeros_like)),
     Range("q in (0, 1e-4), negatives", uniform(1e-9, 1e-4, torch.zeros_like)),
 ]
+FOCUSED = LOGITS[:6]  # beyond them the losses that are right underflow
 TAILS = [20.0, 50.0, 88.0, 100.0]
 
 
@@ -94,6 +96,26 @@ def exact_with_logits(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def exact_probabilities(q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     loss = torch.where(y > 0, -q.log(), -torch.log1p(-q))
     return loss, (q - y) / ((1 - q) * q).clamp(min=1e-12)
+
+
+def exact_focal(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha 0.25, gamma 2."""
+    signed = torch.where(y > 0, -x, x)
+    u, rest = signed.sigmoid(), (-signed).sigmoid()
+    entropy = exact_with_logits(x, y)[0]
+    alpha = torch.where(y > 0, 0.25, 0.75)
+    gradient = alpha * u**2 * (u + 2 * entropy * rest)
+    return alpha * u**2 * entropy, torch.where(y > 0, -gradient, gradient)
+
+
+def exact_asymmetric(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma_neg 4, gamma_pos 1, clip 0.05, by the derivatives of autograd in float64."""
+    leaf = x.clone().requires_grad_()
+    clipped = (leaf.sigmoid() - 0.05).clamp(min=0)
+    of_positive = F.softplus(-leaf, threshold=1e3).clamp(max=-math.log(1e-8)) * (-leaf).sigmoid()
+    loss = torch.where(y > 0, of_positive, -torch.log1p(-clipped) * clipped**4)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
 
 
 def ulp(expected: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,13 +243,32 @@ def document() -> str:
         "",
         *table(PROBABILITIES, exact_probabilities, functional.binary_cross_entropy, F.binary_cross_entropy),
         "",
+        "## sigmoid_focal_loss",
+        "",
+        "alpha 0.25, gamma 2. Native is torchvision's formula in the dtype of the row.",
+        "",
+        *table(FOCUSED, exact_focal, functional.sigmoid_focal_loss, torchvision_focal),
+        "",
+        "## asymmetric_loss",
+        "",
+        "gamma_neg 4, gamma_pos 1, clip 0.05. Native is timm's formula in the dtype of the row. Where the probability of a",
+        "negative is near clip, their difference has few places, and so have loss and gradient.",
+        "",
+        *table(FOCUSED, exact_asymmetric, functional.asymmetric_loss, timm_asymmetric),
+        "",
     ]
     return "\n".join(lines)
 
 
-def our_maxima(text: str) -> dict[tuple[str, str, int], float]:
-    rows = re.findall(r"^\| (\w+) \| ([^|]+) \| ([\d.e+]+) \([^|]+\| [^|]+\| ([\d.e+]+) \(", text, re.M)
-    return {(dtype, name, index): float(value) for dtype, name, *values in rows for index, value in enumerate(values)}
+def our_maxima(text: str) -> dict[tuple[str, str, str, int], float]:
+    """By section, dtype, range and column."""
+    maxima: dict[tuple[str, str, str, int], float] = {}
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        title = section.splitlines()[0]
+        rows = re.findall(r"^\| (\w+) \| ([^|]+) \| ([\d.e+]+) \([^|]+\| [^|]+\| ([\d.e+]+) \(", section, re.M)
+        for dtype, name, *values in rows:
+            maxima |= {(title, dtype, name, index): float(value) for index, value in enumerate(values)}
+    return maxima
 
 
 def main() -> int:

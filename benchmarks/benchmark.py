@@ -83,7 +83,9 @@ def main() -> None:
     how_much.add_argument("--quick", action="store_true", help="a part, in under 3 minutes")
     how_much.add_argument("--smoke", action="store_true", help="hardly anything: that it runs")
     how_much.add_argument("--targets", action="store_true", help="what the package promises on a CPU, and the grid")
-    parser.add_argument("--only", nargs="+", choices=("targets", "family", "sweep", "memory", "grid"), help="only these parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=("targets", "family", "sweep", "memory", "grid"), help="only these parts"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case of the targets")

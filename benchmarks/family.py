@@ -19,8 +19,10 @@ SIZES = {"4M": 1 << 22, "1,000": 1000}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def torchvision_focal(inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2) -> Tensor:
-    """torchvision/ops/focal_loss.py of 0.29, with reduction mean."""
+def torchvision_focal(
+    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "mean"
+) -> Tensor:
+    """torchvision/ops/focal_loss.py of 0.29."""
     p = torch.sigmoid(inputs)
     ce_loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     p_t = p * targets + (1 - p) * (1 - targets)
@@ -28,25 +30,32 @@ def torchvision_focal(inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamm
     if alpha >= 0:
         alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
         loss = alpha_t * loss
-    return loss.mean()
+    return loss if reduction == "none" else loss.mean()
 
 
 def timm_asymmetric(
-    x: Tensor, y: Tensor, gamma_neg: float = 4, gamma_pos: float = 1, clip: float = 0.05, eps: float = 1e-8
+    x: Tensor,
+    y: Tensor,
+    gamma_neg: float = 4,
+    gamma_pos: float = 1,
+    clip: float = 0.05,
+    eps: float = 1e-8,
+    reduction: str = "mean",
 ) -> Tensor:
-    """AsymmetricLossMultiLabel of timm/loss/asymmetric_loss.py of 1.0.31, with reduction mean."""
+    """AsymmetricLossMultiLabel of timm/loss/asymmetric_loss.py of 1.0.31."""
     x_sigmoid = torch.sigmoid(x)
     xs_pos, xs_neg = x_sigmoid, 1 - x_sigmoid
     xs_neg = (xs_neg + clip).clamp(max=1)
     loss = y * torch.log(xs_pos.clamp(min=eps)) + (1 - y) * torch.log(xs_neg.clamp(min=eps))
     pt = xs_pos * y + xs_neg * (1 - y)
     one_sided_gamma = gamma_pos * y + gamma_neg * (1 - y)
-    return (-loss * torch.pow(1 - pt, one_sided_gamma)).mean()
+    loss = -loss * torch.pow(1 - pt, one_sided_gamma)
+    return loss if reduction == "none" else loss.mean()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our loss against others. An aim is a least speed-up against a rival, or the most time relative to our plain loss."""
+    """Our loss against others."""
 
     name: str
     ours: Loss
@@ -66,7 +75,8 @@ PLAIN = ours.binary_cross_entropy_with_logits
 
 
 def comparisons() -> Iterator[Comparison]:
-    torchvision, timm = {"eager": torchvision_focal}, {"eager": timm_asymmetric}
+    torchvision: dict[str, Loss] = {"eager": torchvision_focal}
+    timm: dict[str, Loss] = {"eager": timm_asymmetric}
     yield Comparison("focal", focal, {f"torchvision, {k}": v for k, v in _with_compiled(torchvision).items()})
     yield Comparison("focal", focal, {"plain": PLAIN})
     yield Comparison("asymmetric", ours.asymmetric_loss, {f"timm, {k}": v for k, v in _with_compiled(timm).items()})

@@ -55,6 +55,8 @@ def test_every_operator_is_checked_here() -> None:
         "binary_cross_entropy_with_logits.options",
         "binary_cross_entropy",
         "binary_cross_entropy.options",
+        "sigmoid_focal_loss",
+        "asymmetric_loss",
         "_bce",
         "_bce_loss",
         "_bce_loss_and_grad",
@@ -161,3 +163,14 @@ def test_options(name: str, reduction: int, device: str) -> None:
 
 def test_empty_cache() -> None:
     opcheck(OPS.empty_cache.default)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["sigmoid_focal_loss", "asymmetric_loss"])
+def test_focused_losses(name: str, case: str, reduction: int, device: str) -> None:
+    input, target, weight, pos_weight = tensors(case, device, with_logits=True)
+    op = getattr(OPS, name).default
+    opcheck(op, input, target, reduction=reduction, weight=weight, pos_weight=pos_weight, label_smoothing=0.1)
+    if reduction == 1:
+        opcheck(op, input, target, reduction=1, ignore_index=1, normalizer=torch.tensor(3.0, device=device))

@@ -1,6 +1,6 @@
 """Random shapes, strides, broadcasts, dtypes, weights and reductions against the float64 reference.
 
-BCE_EXT_EXAMPLES sets the number of examples of each property; the default makes 2,400 in all.
+BCE_EXT_EXAMPLES sets the number of examples of each property; the default makes 2,800 in all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import reference
 import torch
-from callables import functional, operator, probabilities_functional, probabilities_operator
+from callables import FAMILY, functional, operator, probabilities_functional, probabilities_operator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -223,6 +223,49 @@ def test_shards_add_up(case: Case, data: st.DataObject, device: str) -> None:
     ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat([gradient for _, gradient in parts], dim), whole_gradient, rtol=0, atol=0)
+
+
+@settings(PROFILE, max_examples=EXAMPLES // 2)
+@given(data=st.data())
+def test_every_argument_of_every_loss(data: st.DataObject, device: str) -> None:
+    loss = data.draw(st.sampled_from(FAMILY), label="loss")
+    case = data.draw(cases(with_logits=loss.of_logits), label="case")
+    smoothing = data.draw(st.sampled_from([0.0, 0.1, 1.0]), label="label_smoothing")
+    ignore_index = data.draw(st.sampled_from([None, 0.0, 1.0]), label="ignore_index")
+    normalizer = data.draw(st.sampled_from([None, 2.5, torch.tensor(4.0)]), label="normalizer")
+    options = {"label_smoothing": smoothing, "ignore_index": ignore_index}
+    weights = {"weight": case.weight, "pos_weight": case.pos_weight}
+    weights = {name: weight.to(device) for name, weight in weights.items() if weight is not None}
+    input, target = (tensor.to(device).detach() for tensor in (case.input, case.target))
+    reduction = "mean" if normalizer is not None else case.reduction
+    count = target.numel() if ignore_index is None else int((target != ignore_index).sum())
+    expected = reference.reduced(
+        loss.terms(input, target, **options, **weights),
+        reduction,
+        divisor=float(count if normalizer is None else normalizer),
+    )
+    input.requires_grad_(case.needs[0])
+    target.requires_grad_(case.needs[1])
+    actual = loss(input, target, reduction=reduction, normalizer=normalizer, **options, **weights)
+    arithmetic = reference.arithmetic_dtype(input.dtype, target.dtype)
+    ulps = 2 * loss.ulps + 16
+    # A sum of what underflows: each element is rounded in the subnormal numbers.
+    smallest = torch.finfo(arithmetic).tiny * (1 + input.numel())
+    reference.assert_rounded_once(
+        actual.detach(), expected.loss, expected.loss_scale + smallest, arithmetic, ulps, f"loss of {loss.name}"
+    )
+    if not actual.requires_grad:
+        return
+    actual.backward(torch.ones_like(actual))
+    parts = (
+        (input, expected.grad_input, expected.grad_input_scale),
+        (target, expected.grad_target, expected.grad_target_scale),
+    )
+    for tensor, gradient, scale in parts:
+        if tensor.requires_grad:
+            assert tensor.grad is not None
+            bound = scale + smallest + reference_floor(tensor.dtype, arithmetic)
+            reference.assert_rounded_once(tensor.grad, gradient, bound, arithmetic, ulps, f"gradient of {loss.name}")
 
 
 def test_the_number_of_examples() -> None:

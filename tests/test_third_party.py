@@ -167,3 +167,101 @@ def test_segmentation_model_from_the_library(device: str) -> None:
         return model, lambda: loss(model(input), target)
 
     assert_same_training(make, steps=2)
+
+
+# ---- the focal and the asymmetric loss beside those of the libraries ----
+
+
+def assert_same_values(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], target: Tensor) -> None:
+    """Loss and gradient, in float64 so that both formulas are exact, and away from where they saturate."""
+    logits = torch.linspace(-9, 9, target.numel(), dtype=torch.float64, device=target.device).view_as(target)
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    losses = [function(leaf, target) for function, leaf in zip((ours, theirs), leaves, strict=True)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss.sum(), leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def labels(kind: str, device: str, shape: tuple[int, ...] = (6, 7)) -> Tensor:
+    values = torch.rand(shape, dtype=torch.float64, device=device)
+    return values.round() if kind == "hard" else values
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (-1, 2.0), (0.6, 1.0), (0.25, 0.0), (0.25, 3.7)])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_torchvision_focal_loss(kind: str, alpha: float, gamma: float, reduction: str, device: str) -> None:
+    ops = pytest.importorskip(
+        "torchvision.ops", reason="torchvision does not load beside this torch", exc_type=Exception
+    )
+    assert_same_values(
+        lambda x, y: bce_ext.functional.sigmoid_focal_loss(x, y, alpha, gamma, reduction),
+        lambda x, y: ops.sigmoid_focal_loss(x, y, alpha, gamma, reduction),
+        labels(kind, device),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(4.0, 1.0, 0.05), (2.0, 2.0, 0.0), (3.7, 0.5, 0.2)])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_timm_asymmetric_loss(
+    kind: str, gamma_neg: float, gamma_pos: float, clip: float, detach: bool, reduction: str, device: str
+) -> None:
+    timm_loss = pytest.importorskip(
+        "timm.loss", reason="timm and the torchvision that it needs are not installed", exc_type=ImportError
+    )
+    parameters = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
+    try:
+        theirs = timm_loss.AsymmetricLossMultiLabel(
+            **parameters, disable_torch_grad_focal_loss=detach, smoothing=0.1, reduction=reduction
+        )
+    except TypeError:
+        pytest.skip("this timm's asymmetric loss has no smoothing and no reduction")
+    target = labels(kind, device)
+    options = {"normalizer": len(target)} if reduction == "batchmean" else {"reduction": reduction}
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return bce_ext.functional.asymmetric_loss(
+            x.float(), y.float(), **parameters, detach_focusing=detach, label_smoothing=0.1, **options
+        )
+
+    logits = torch.linspace(-9, 9, target.numel(), device=device).view_as(target)  # timm computes in float32
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    losses = [ours(leaves[0], target), theirs(leaves[1], target.float())]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_segmentation_models_focal_loss(device: str) -> None:
+    smp_losses = pytest.importorskip(
+        "segmentation_models_pytorch.losses",
+        reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
+        exc_type=ImportError,
+    )
+    target = labels("hard", device)
+    target[0] = -100
+    theirs = smp_losses.FocalLoss("binary", alpha=0.25, gamma=2.0, ignore_index=-100)
+    assert_same_values(
+        lambda x, y: bce_ext.functional.sigmoid_focal_loss(x, y, reduction="mean", ignore_index=-100), theirs, target
+    )
+
+
+@pytest.mark.parametrize("smooth_factor", [None, 0.1])
+def test_segmentation_models_ignored_and_smoothed(smooth_factor: float | None, device: str) -> None:
+    smp_losses = pytest.importorskip(
+        "segmentation_models_pytorch.losses",
+        reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
+        exc_type=ImportError,
+    )
+    target = labels("hard", device)
+    target[0] = -100
+    theirs = smp_losses.SoftBCEWithLogitsLoss(ignore_index=-100, smooth_factor=smooth_factor)
+    assert_same_values(
+        lambda x, y: bce_ext.functional.binary_cross_entropy_with_logits(
+            x, y, ignore_index=-100, label_smoothing=2 * (smooth_factor or 0.0), normalizer=target.numel()
+        ),
+        theirs,
+        target,
+    )

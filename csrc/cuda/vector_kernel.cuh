@@ -181,13 +181,13 @@ class TilePass {
   bool in_range_ = true;
 };
 
-// Blocks that an SM must have room for, where its threads suffice: a thread has 48 registers, 64 with weights and 128
-// in float64, enough to keep out of local memory.
-template <typename C, bool kWeighted>
-constexpr int kMinBlocks = std::is_same_v<C, double> ? 2 : (kWeighted ? 4 : 5);
+// Blocks that an SM must have room for: a thread has up to 64 registers, or 128 in float64, enough to keep out of local
+// memory.
+template <typename C>
+constexpr int kMinBlocks = std::is_same_v<C, double> ? 2 : 4;
 
 template <typename Formula, typename Input, typename Target, bool kWeighted>
-__global__ void C10_LAUNCH_BOUNDS_2(kThreads, (kMinBlocks<compute_t<Input>, kWeighted>))
+__global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<Input>>)
     vector_kernel(const VectorArguments<Formula, compute_t<Input>> arguments) {
   using Pass = TilePass<Formula, Input, Target, kWeighted>;
   constexpr int64_t kSize = kTile<Input, Target, kWeighted>;

@@ -3,4 +3,3 @@
 
 #define CUDA_KERNEL_ASSERT(condition) shim::machine.check(condition)
 #define C10_WARP_SIZE warpSize
-#define C10_LAUNCH_BOUNDS_2(...)

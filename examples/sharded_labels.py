@@ -56,14 +56,15 @@ def make_batches(steps: int, rows: int, inputs: int, labels: int, sparse: bool) 
 
 
 def train(model: Classifier, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2000.0, foreach=False)
     losses = []
     for input, target in batches:
         optimizer.zero_grad()
         loss = model(input, target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.full_tensor() if isinstance(loss, DTensor) else loss))
+        loss = loss.detach()
+        losses.append((loss.full_tensor() if isinstance(loss, DTensor) else loss).item())
     return losses
 
 

@@ -166,7 +166,7 @@ class Part:
         if target.dim() == 1:
             target = target.unsqueeze(1) == torch.arange(self.labels, device=target.device)
         dense = target.to_dense() if target.layout != torch.strided else target
-        count = torch.ops.bce_ext._count_valid(dense, ignore_index)
+        count: Tensor = torch.ops.bce_ext._count_valid(dense, ignore_index)
         for dim, is_shared in enumerate(self.is_shared):
             if is_shared:
                 count = collectives.all_reduce(count, "sum", (self.mesh, dim))

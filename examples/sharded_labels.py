@@ -90,16 +90,18 @@ def main() -> None:
     whole = Classifier(inputs, arguments.features, arguments.labels)
     expected = train(whole, batches)
 
-    own = sharded.loss.linear.weight.to_local().shape[0]  # type: ignore[operator]
+    weight = sharded.loss.linear.weight
+    assert isinstance(weight, DTensor)
+    own = weight.to_local().shape[0]
     print(f"process {rank} has {own} of {arguments.labels} labels", flush=True)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
     for (name, parameter), other in zip(sharded.named_parameters(), whole.parameters(), strict=True):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        torch.testing.assert_close(full, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(full, other, rtol=1e-4, atol=1e-6, msg=f"{name} differs from that of one process")
     dist.barrier()
     if rank == 0:
-        for step, (loss, other) in enumerate(zip(losses, expected, strict=True)):
-            print(f"step {step}: loss {loss:.6f}, in one process {other:.6f}")
+        for step, (loss, one) in enumerate(zip(losses, expected, strict=True)):
+            print(f"step {step}: loss {loss:.6f}, in one process {one:.6f}")
         print("the same parameters")
     dist.destroy_process_group()
 

@@ -112,7 +112,7 @@ def peak(problem: Problem, name: str) -> tuple[int, int]:
     """Peak bytes beyond the inputs of a first step, and the bytes of the gradients. In a fresh process."""
     if problem.threads:
         torch.set_num_threads(problem.threads)
-    step(problem if name == "compile" else replace(problem, rows=600, labels=1024), name)()  # compiles, starts threads
+    step(problem if name == "compile" else replace(problem, rows=1024, labels=1024), name)()  # compiles, starts threads
     run = step(problem, name)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -36,6 +36,7 @@ def loss(
 
     assert isinstance(linear_weight, DTensor)
     part = Part(input, linear_weight)
+    part.check_target(target)
     local_target = part.target(target)
     if reduction == "mean" and normalizer is None:
         if ignore_index is None:
@@ -115,6 +116,19 @@ class Part:
             tensor = tensor.narrow(0, self.row, self.rows)
         return tensor
 
+    def check_target(self, target: Tensor) -> None:
+        """What the operator cannot see in a part of the target."""
+        if target.shape not in ((self.num_rows, self.num_labels), (self.num_rows,)):
+            raise ValueError(
+                f"linear_binary_cross_entropy_with_logits: expected a target of size ({self.num_rows}, {self.num_labels}) or one integer for each row, "
+                f"but got size {tuple(target.shape)}"
+            )
+        if target.dim() == 1 and not isinstance(target, DTensor) and (target >= self.num_labels).any():
+            raise IndexError(
+                "linear_binary_cross_entropy_with_logits: expected class indices below the number of labels "
+                f"({self.num_labels}), but one is {int(target.max())}"
+            )
+
     def target(self, target: Tensor) -> Tensor:
         if isinstance(target, DTensor):
             if target.dim() == 1:
@@ -152,7 +166,7 @@ class Part:
         if target.dim() == 1:
             target = target.unsqueeze(1) == torch.arange(self.labels, device=target.device)
         dense = target.to_dense() if target.layout != torch.strided else target
-        count = torch.ops.bce_ext._count_valid(dense, ignore_index)
+        count: Tensor = torch.ops.bce_ext._count_valid(dense, ignore_index)
         for dim, is_shared in enumerate(self.is_shared):
             if is_shared:
                 count = collectives.all_reduce(count, "sum", (self.mesh, dim))

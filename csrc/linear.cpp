@@ -17,7 +17,7 @@ namespace {
 constexpr auto kName = "linear_binary_cross_entropy_with_logits";
 
 template <typename R, typename... Rest>
-using Signature = R(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+using Signature = R(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, at::ArrayRef<double>, Rest...);
 
 template <typename Signature, typename... Rest>
@@ -30,16 +30,17 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, const LinearArguments& 
 bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/false); }
 
 // The layer: what F.linear would refuse, in one sentence. The input has any number of dimensions.
-void check_layer(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
+void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                  const Tensor& target) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, kName,
       ": expected a strided input of a real floating dtype (float64, float32, bfloat16 or float16), but got ",
       input.scalar_type(), ", ", input.layout());
   TORCH_CHECK(input.dim() >= 1, kName, ": expected an input of at least one dimension, but got a number");
-  TORCH_CHECK(linear_weight.dim() == 2 && linear_weight.sym_size(1) == input.sym_size(-1), kName,
-              ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
-              linear_weight.sym_sizes());
+  TORCH_CHECK(
+      !is_defined(linear_weight) || (linear_weight->dim() == 2 && linear_weight->sym_size(1) == input.sym_size(-1)),
+      kName, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
+      linear_weight->sym_sizes());
   const auto check_like_input = [&](const Tensor& tensor, const char* what) {
     TORCH_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.layout() == at::kStrided, kName,
                 ": expected a strided ", what, " of the dtype of input (", input.scalar_type(), "), but got ",
@@ -48,11 +49,12 @@ void check_layer(const Tensor& input, const Tensor& linear_weight, const Optiona
                 input.device(), "), but got ", tensor.device());
     check_storage(tensor, what);
   };
-  check_like_input(linear_weight, "linear_weight");
+  if (is_defined(linear_weight)) check_like_input(*linear_weight, "linear_weight");
   if (is_defined(linear_bias)) {
+    TORCH_CHECK(is_defined(linear_weight), kName, ": expected no linear_bias without linear_weight");
     check_like_input(*linear_bias, "linear_bias");
-    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight.sym_size(0), kName,
-                ": expected linear_bias of size (", linear_weight.sym_size(0), "), but got size ",
+    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), kName,
+                ": expected linear_bias of size (", linear_weight->sym_size(0), "), but got size ",
                 linear_bias->sym_sizes());
   }
   TORCH_CHECK(target.device() == input.device(), kName, ": expected target on the device of input (", input.device(),
@@ -67,9 +69,9 @@ c10::SymInt num_rows_of(const Tensor& input) {
 }
 
 // The size of the logits.
-c10::SymDimVector logits_size(const Tensor& input, const Tensor& linear_weight) {
+c10::SymDimVector logits_size(const Tensor& input, const OptionalTensor& linear_weight) {
   c10::SymDimVector size(input.sym_sizes().begin(), input.sym_sizes().end());
-  size.back() = linear_weight.sym_size(0);
+  if (is_defined(linear_weight)) size.back() = linear_weight->sym_size(0);
   return size;
 }
 
@@ -77,7 +79,7 @@ bool are_class_indices(const Tensor& target, const Tensor& input) {
   return target.layout() == at::kStrided && target.dim() + 1 == input.dim() && is_integer(target.scalar_type());
 }
 
-void check_target_size(const Tensor& target, const Tensor& input, const Tensor& linear_weight) {
+void check_target_size(const Tensor& target, const Tensor& input, const OptionalTensor& linear_weight) {
   const auto expected = logits_size(input, linear_weight);
   if (are_class_indices(target, input)) {
     TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes().slice(0, target.dim()), kName,
@@ -153,7 +155,7 @@ SparseTarget from_coo(const Tensor& target) {
 }
 
 // A target as the internal operators take it.
-SparseTarget split_target(const Tensor& target, const Tensor& input, const Tensor& linear_weight) {
+SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::SymInt& num_labels) {
   if (target.layout() == at::kSparse || target.layout() == at::kSparseCsr) {
     SparseTarget sparse = target.layout() == at::kSparse ? from_coo(target) : from_csr(target);
     const Tensor labels = sparse.indices.select(0, 1);
@@ -164,9 +166,9 @@ SparseTarget split_target(const Tensor& target, const Tensor& input, const Tenso
   TORCH_CHECK(target.layout() == at::kStrided, kName,
               ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
   if (!are_class_indices(target, input)) {
-    return {target.reshape_symint({num_rows_of(input), linear_weight.sym_size(0)}), Tensor()};
+    return {target.reshape_symint({num_rows_of(input), num_labels}), Tensor()};
   }
-  check_class_indices(target, linear_weight.sym_size(0));
+  check_class_indices(target, num_labels);
   return {target.reshape({-1}), Tensor()};
 }
 
@@ -184,27 +186,30 @@ double number_or_nan(const std::optional<at::Scalar>& number) {
   return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
 }
 
+Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
+                    const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                    const OptionalTensor& normalizer, at::ArrayRef<double> options, int64_t reduction) {
+  check_layer(input, linear_weight, linear_bias, target);
+  check_target_size(target, input, linear_weight);
+  const auto size = logits_size(input, linear_weight);
+  const SparseTarget split = split_target(target, input, size.back());
+  const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
+  const bool has_rows = input.dim() == 2;
+  const Tensor rows = has_rows ? input : input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
+  const OptionalTensor weight_of_rows = with_rows_in_one_dimension(weight, input);
+  const OptionalTensor pos_weight_of_rows = with_rows_in_one_dimension(pos_weight, input);
+  const Tensor loss = linear_bce({rows, linear_weight, linear_bias, split.values, indices, weight_of_rows,
+                                  pos_weight_of_rows, normalizer, options},
+                                 reduction);
+  return reduction == at::Reduction::None && !has_rows ? loss.reshape_symint(size) : loss;
+}
+
 Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                           const OptionalTensor& linear_bias, const OptionalTensor& weight,
                           const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
                           const std::optional<at::Scalar>& ignore_index, const OptionalTensor& normalizer) {
-  check_layer(input, linear_weight, linear_bias, target);
-  check_target_size(target, input, linear_weight);
-  const SparseTarget split = split_target(target, input, linear_weight);
-  const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
-  const OptionalTensor flat_weight = with_rows_in_one_dimension(weight, input);
-  const OptionalTensor flat_pos_weight = with_rows_in_one_dimension(pos_weight, input);
-  if (input.dim() == 2) {
-    return linear_bce(
-        {input, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
-        reduction);
-  }
-  const Tensor rows = input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
-  const Tensor loss = linear_bce(
-      {rows, linear_weight, linear_bias, split.values, indices, flat_weight, flat_pos_weight, normalizer, options},
-      reduction);
-  return reduction == at::Reduction::None ? loss.reshape_symint(logits_size(input, linear_weight)) : loss;
+  return loss_of_rows(input, linear_weight, linear_bias, target, weight, pos_weight, normalizer, options, reduction);
 }
 
 Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction,
@@ -222,8 +227,7 @@ Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction
 void check_linear_arguments(const LinearArguments& arguments) {
   const Tensor& input = arguments.input;
   const Tensor& target = arguments.target;
-  TORCH_CHECK(input.defined() && arguments.linear_weight.defined() && target.defined(), kName,
-              ": expected input, linear_weight and target to be Tensors, but got None");
+  TORCH_CHECK(input.defined() && target.defined(), kName, ": expected input and target to be Tensors, but got None");
   check_layer(input, arguments.linear_weight, arguments.linear_bias, target);
   TORCH_CHECK_VALUE(input.dim() == 2, kName, ": expected rows of input, but got ", input.dim(), " dimensions");
   check_storage(target, "target");
@@ -266,9 +270,18 @@ Tensor dense_target(const LinearArguments& arguments) {
                          /*accumulate=*/true);
 }
 
+Tensor logits_of(const LinearArguments& arguments) {
+  if (!arguments.has_layer()) return arguments.input;
+  return at::linear(arguments.input, *arguments.linear_weight, arguments.linear_bias);
+}
+
+Tensor sparse_with_logits(const Arguments& arguments, int64_t reduction) {
+  return loss_of_rows(arguments.input, std::nullopt, std::nullopt, arguments.target, arguments.weight,
+                      arguments.pos_weight, arguments.normalizer, arguments.options, reduction);
+}
+
 Tensor plain_loss(const LinearArguments& arguments, int64_t reduction, at::ScalarType dtype) {
-  const Tensor logits = at::linear(arguments.input, arguments.linear_weight, arguments.linear_bias);
-  return bce(arguments.of_loss(logits, dense_target(arguments)), reduction, dtype);
+  return bce(arguments.of_loss(logits_of(arguments), dense_target(arguments)), reduction, dtype);
 }
 
 Tensor linear_bce(const LinearArguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {

@@ -1,5 +1,6 @@
 // The linear layer together with its loss: binary_cross_entropy_with_logits(linear(input, linear_weight, linear_bias),
-// target, ...), whose logits exist for a block of rows and labels at a time.
+// target, ...), whose logits exist for a block of rows and labels at a time. Without a layer, the input is the logits,
+// and it is a sparse target that exists for a block at a time.
 #pragma once
 
 #include "ops.h"
@@ -8,8 +9,8 @@ namespace bce_ext {
 
 // What the internal operators of the linear layer and its loss take first, as views of the caller's arguments.
 struct LinearArguments {
-  const Tensor& input;          // (N, in_features)
-  const Tensor& linear_weight;  // (num_labels, in_features)
+  const Tensor& input;                  // (N, in_features)
+  const OptionalTensor& linear_weight;  // (num_labels, in_features); none: the input is (N, num_labels) logits
   const OptionalTensor& linear_bias;
   // Dense: (N, num_labels). Class indices: (N), integers; a negative one stands for no label. Sparse: the values (nnz)
   // that stand at `indices`, those of the same place added up, and 0 elsewhere.
@@ -23,7 +24,8 @@ struct LinearArguments {
   bool is_sparse() const { return is_defined(indices); }
   bool has_class_indices() const { return !is_sparse() && target.dim() == 1; }
   c10::SymInt num_rows() const { return input.sym_size(0); }
-  c10::SymInt num_labels() const { return linear_weight.sym_size(0); }
+  bool has_layer() const { return is_defined(linear_weight); }
+  c10::SymInt num_labels() const { return has_layer() ? linear_weight->sym_size(0) : input.sym_size(1); }
 
   // Those of the loss of some logits.
   Arguments of_loss(const Tensor& logits, const Tensor& dense_target) const {
@@ -40,7 +42,7 @@ struct LinearFlat;
 
 template <typename R, typename... Rest, R (*function)(const LinearArguments&, Rest...)>
 struct LinearFlat<function> {
-  static R call(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
+  static R call(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                 const Tensor& target, const OptionalTensor& indices, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, const OptionalTensor& normalizer, at::ArrayRef<double> options,
                 Rest... rest) {
@@ -57,6 +59,11 @@ using LossAndGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 void check_linear_arguments(const LinearArguments& arguments);
 
 at::ScalarType loss_dtype(const LinearArguments& arguments);
+
+Tensor logits_of(const LinearArguments& arguments);
+
+// The public operator for logits and a target that is not dense.
+Tensor sparse_with_logits(const Arguments& arguments, int64_t reduction);
 
 // The plain form: all logits, a dense target, and operators that are differentiable in every way.
 Tensor plain_loss(const LinearArguments& arguments, int64_t reduction, at::ScalarType dtype);

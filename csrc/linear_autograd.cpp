@@ -32,7 +32,7 @@ bool needs_plain_form(const LinearArguments& arguments) {
 }
 
 LinearMask wanted_gradients(const LinearArguments& arguments) {
-  return {arguments.input.requires_grad(), arguments.linear_weight.requires_grad(),
+  return {arguments.input.requires_grad(), requires_grad(arguments.linear_weight),
           requires_grad(arguments.linear_bias)};
 }
 
@@ -45,11 +45,12 @@ bool stores_gradients(const LinearArguments& arguments) { return arguments.input
 // The gradients by operations that have derivatives in turn.
 variable_list differentiable_gradients(const LinearArguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
                                        const LinearMask& mask) {
-  const Tensor logits = at::linear(arguments.input, arguments.linear_weight, arguments.linear_bias);
+  const Tensor logits = logits_of(arguments);
   const Tensor target = dense_target(arguments);
   const Tensor gradient =
       std::get<0>(bce_backward(arguments.of_loss(logits, target), grad_output, std::move(divisor), {true, false}));
-  return {mask[kInput] ? at::mm(gradient, arguments.linear_weight) : Tensor(),
+  if (!arguments.has_layer()) return {mask[kInput] ? gradient : Tensor(), Tensor(), Tensor()};
+  return {mask[kInput] ? at::mm(gradient, *arguments.linear_weight) : Tensor(),
           mask[kWeight] ? at::mm(gradient.t(), arguments.input) : Tensor(), mask[kBias] ? gradient.sum(0) : Tensor()};
 }
 
@@ -62,7 +63,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
   static constexpr int kArguments = 11;       // of forward
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight,
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& linear_weight,
                         const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& indices,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
                         const OptionalTensor& normalizer, const std::vector<double>& options, int64_t reduction,
@@ -81,8 +82,9 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     ctx->saved_data["options"] = options;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["dtype"] = static_cast<int64_t>(dtype);
-    ctx->save_for_backward({input, linear_weight, linear_bias.value_or(Tensor()), target, indices.value_or(Tensor()),
-                            weight.value_or(Tensor()), pos_weight.value_or(Tensor()), normalizer.value_or(Tensor())});
+    ctx->save_for_backward({input, linear_weight.value_or(Tensor()), linear_bias.value_or(Tensor()), target,
+                            indices.value_or(Tensor()), weight.value_or(Tensor()), pos_weight.value_or(Tensor()),
+                            normalizer.value_or(Tensor())});
     return std::get<0>(results);
   }
 
@@ -115,11 +117,12 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
       return result;
     }
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor linear_bias = optional(saved[2]), indices = optional(saved[4]), weight = optional(saved[5]),
-                         pos_weight = optional(saved[6]), normalizer = optional(saved[7]);
+    const OptionalTensor linear_weight = optional(saved[1]), linear_bias = optional(saved[2]),
+                         indices = optional(saved[4]), weight = optional(saved[5]), pos_weight = optional(saved[6]),
+                         normalizer = optional(saved[7]);
     const auto options = saved_data["options"].toDoubleVector();
-    const LinearArguments arguments{saved[0], saved[1],   linear_bias, saved[3], indices,
-                                    weight,   pos_weight, normalizer,  options};
+    const LinearArguments arguments{saved[0], linear_weight, linear_bias, saved[3], indices,
+                                    weight,   pos_weight,    normalizer,  options};
     const c10::SymInt divisor = divisor_of(arguments, saved_data["reduction"].toInt());
     const auto dtype = static_cast<at::ScalarType>(saved_data["dtype"].toInt());
     if (is_differentiated || transform_is_active() || !grad_output.sym_sizes().empty() ||
@@ -171,7 +174,7 @@ LossAndGrads loss_and_grads_autograd(const LinearArguments& arguments, c10::SymI
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return linear_bce_loss_and_grads(arguments, std::move(divisor), dtype, grad_output, mask);
   }
-  const Tensor logits = at::linear(arguments.input, arguments.linear_weight, arguments.linear_bias);
+  const Tensor logits = logits_of(arguments);
   const Tensor loss = bce_loss(arguments.of_loss(logits, dense_target(arguments)), /*reduce=*/true, divisor, dtype);
   const Tensor factor = is_defined(grad_output) ? *grad_output : at::ones_like(loss);
   variable_list gradients = differentiable_gradients(arguments, factor, std::move(divisor), mask);
@@ -188,7 +191,12 @@ Tensor linear_autocast(const LinearArguments& given, int64_t reduction, std::opt
   const auto low = [&](const Tensor& tensor) {
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device_type), tensor, device_type);
   };
-  const Tensor input = low(given.input), linear_weight = low(given.linear_weight);
+  if (!given.has_layer()) {
+    const auto usual = loss_dtype(given);
+    return linear_bce(given, reduction, dtype.value_or(usual == at::kDouble ? usual : at::kFloat));
+  }
+  const Tensor input = low(given.input);
+  const OptionalTensor linear_weight = low(*given.linear_weight);
   const OptionalTensor linear_bias =
       is_defined(given.linear_bias) ? OptionalTensor(low(*given.linear_bias)) : std::nullopt;
   const LinearArguments arguments{input,        linear_weight,    linear_bias,      given.target, given.indices,

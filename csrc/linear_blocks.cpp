@@ -20,9 +20,15 @@ namespace {
 
 // Blocks of so many elements stay in the caches together with their gradient and target; with fewer labels, the
 // products are slower. On a GPU they are large enough to fill it, and still a small part of its memory.
-Blocks cut(int64_t num_rows, int64_t num_labels, const at::Device& device) {
-  const int64_t elements = device.is_cuda() ? int64_t{1} << 26 : int64_t{1} << 19;
+Blocks cut(const LinearArguments& arguments) {
+  const int64_t num_rows = arguments.input.size(0);
+  const int64_t num_labels = arguments.has_layer() ? arguments.linear_weight->size(0) : arguments.input.size(1);
+  const int64_t elements = arguments.input.is_cuda() ? int64_t{1} << 26 : int64_t{1} << 19;
   constexpr int64_t kFewestLabels = 1024;
+  if (!arguments.has_layer()) {  // whole rows lie in memory one after the other
+    const int64_t labels = std::clamp<int64_t>(num_labels, 1, elements);
+    return {num_rows, num_labels, std::clamp<int64_t>(num_rows, 1, elements / labels), labels};
+  }
   const int64_t block_rows = std::clamp<int64_t>(num_rows, 1, elements / kFewestLabels);
   const int64_t block_labels = std::clamp<int64_t>(num_labels, 1, elements / block_rows);
   return {num_rows, num_labels, block_rows, block_labels};
@@ -49,10 +55,11 @@ Tensor empty_gradient(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 class BlockwiseLoss {
  public:
-  BlockwiseLoss(const LinearArguments& arguments, int64_t divisor, const OptionalTensor& grad_output, LinearMask mask)
+  BlockwiseLoss(const LinearArguments& arguments, int64_t divisor, const OptionalTensor& grad_output,
+                const LinearMask& mask)
       : arguments_(arguments),
-        mask_(mask),
-        blocks_(cut(arguments.input.size(0), arguments.linear_weight.size(0), arguments.input.device())),
+        mask_{mask[0], mask[1] && arguments.has_layer(), mask[2] && arguments.has_layer()},
+        blocks_(cut(arguments)),
         sum_dtype_(at::toOpMathType(arguments.input.scalar_type())),
         block_dtype_(sum_dtype_ == at::kDouble || arguments.target.scalar_type() == at::kDouble ? at::kDouble
                                                                                                 : at::kFloat),
@@ -61,16 +68,18 @@ class BlockwiseLoss {
         normalizer_(scales_sums(arguments) ? std::nullopt : arguments.normalizer) {
     const auto options = arguments.input.options();
     total_ = at::zeros({}, options.dtype(at::kDouble));
-    logits_ = at::empty({blocks_.block_rows * blocks_.block_labels}, options);
+    if (arguments.has_layer()) logits_ = at::empty({blocks_.block_rows * blocks_.block_labels}, options);
     if (scales_sums(arguments)) {
       factor_ = at::full({}, 1.0 / static_cast<double>(divisor), options.dtype(at::kDouble));
       if (is_defined(arguments.normalizer)) factor_ = factor_ / *arguments.normalizer;
     }
     if (is_defined(grad_output)) grad_output_ = grad_output->to(at::kDouble);
-    grad_input_ = at::zeros(mask[0] ? arguments.input.sizes() : at::IntArrayRef{0}, options.dtype(sum_dtype_));
-    grad_weight_ = mask[1] ? empty_gradient(arguments.linear_weight.sizes(), options) : at::empty({0}, options);
-    grad_bias_ = at::empty({mask[2] ? blocks_.num_labels : 0}, options);
-    if (mask[2]) ones_ = at::ones({1, blocks_.block_rows}, options);
+    const auto sum_options =
+        options.dtype(arguments.has_layer() || scales_sums(arguments) ? sum_dtype_ : arguments.input.scalar_type());
+    grad_input_ = at::zeros(mask[0] ? arguments.input.sizes() : at::IntArrayRef{0}, sum_options);
+    grad_weight_ = mask_[1] ? empty_gradient(arguments.linear_weight->sizes(), options) : at::empty({0}, options);
+    grad_bias_ = at::empty({mask_[2] ? blocks_.num_labels : 0}, options);
+    if (mask_[2]) ones_ = at::ones({1, blocks_.block_rows}, options);
     if (blocks_.num_rows == 0) {
       grad_weight_.zero_();
       grad_bias_.zero_();
@@ -88,12 +97,16 @@ class BlockwiseLoss {
 
  private:
   void run_labels(int64_t label, int64_t labels) {
-    const Tensor weight = arguments_.linear_weight.narrow(0, label, labels);
+    const Tensor weight = arguments_.has_layer() ? arguments_.linear_weight->narrow(0, label, labels) : Tensor();
     Tensor weight_sum, bias_sum;
     for (int64_t row = 0; row < blocks_.num_rows; row += blocks_.block_rows) {
       const Range range{row, label, std::min(blocks_.block_rows, blocks_.num_rows - row), labels};
       const Tensor rows = arguments_.input.narrow(0, row, range.rows);
       const Tensor gradient = gradient_of(range, rows, weight);
+      if (!arguments_.has_layer()) {
+        if (mask_[0]) grad_input_.narrow(0, row, range.rows).narrow(1, label, labels).copy_(gradient);
+        continue;
+      }
       if (mask_[0]) add_product(grad_input_.narrow(0, row, range.rows), gradient, weight);
       if (mask_[1]) {
         const Tensor columns = gradient.t();
@@ -116,14 +129,18 @@ class BlockwiseLoss {
     if (bias_sum.defined()) grad_bias_.narrow(0, label, labels).copy_(scaled(bias_sum));
   }
 
-  // Adds the loss of a block, and returns its gradient with respect to the logits if one is wanted.
-  Tensor gradient_of(const Range& range, const Tensor& rows, const Tensor& weight) {
+  Tensor logits_of_block(const Range& range, const Tensor& rows, const Tensor& weight) {
+    if (!arguments_.has_layer()) return rows.narrow(1, range.label, range.labels);
     Tensor logits = logits_.narrow(0, 0, range.rows * range.labels).view({range.rows, range.labels});
     if (is_defined(arguments_.linear_bias)) {
-      at::addmm_out(logits, arguments_.linear_bias->narrow(0, range.label, range.labels), rows, weight.t());
-    } else {
-      at::mm_out(logits, rows, weight.t());
+      return at::addmm_out(logits, arguments_.linear_bias->narrow(0, range.label, range.labels), rows, weight.t());
     }
+    return at::mm_out(logits, rows, weight.t());
+  }
+
+  // Adds the loss of a block, and returns its gradient with respect to the logits if one is wanted.
+  Tensor gradient_of(const Range& range, const Tensor& rows, const Tensor& weight) {
+    const Tensor logits = logits_of_block(range, rows, weight);
     const Tensor target = target_.block(range);
     const OptionalTensor block_weight = weight_of(arguments_.weight, range);
     const OptionalTensor pos_weight = weight_of(arguments_.pos_weight, range);
@@ -190,8 +207,8 @@ LossAndGrads loss_and_grads_meta(const LinearArguments& arguments, c10::SymInt /
     return is_wanted ? at::empty_symint(size, options) : at::empty({0}, options);
   };
   return {at::empty({}, options.dtype(dtype)), gradient(output_mask[0], arguments.input.sym_sizes()),
-          gradient(output_mask[1], arguments.linear_weight.sym_sizes()),
-          gradient(output_mask[2], {arguments.num_labels()})};
+          gradient(output_mask[1] && arguments.has_layer(), {arguments.num_labels(), arguments.input.sym_size(1)}),
+          gradient(output_mask[2] && arguments.has_layer(), {arguments.num_labels()})};
 }
 
 }  // namespace
@@ -205,7 +222,7 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
   if (!is_plain(arguments.input) || !is_plain(arguments.target)) {
     return count_valid(dense_target(arguments), *ignore_index);
   }
-  const Blocks blocks = cut(arguments.input.size(0), arguments.linear_weight.size(0), arguments.input.device());
+  const Blocks blocks = cut(arguments);
   BlockTarget target(arguments, blocks);
   Tensor count = at::zeros({}, arguments.input.options().dtype(at::kDouble).requires_grad(false));
   for (int64_t label = 0; label < blocks.num_labels; label += blocks.block_labels) {

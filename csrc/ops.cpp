@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "composite.h"
+#include "linear.h"
 
 namespace bce_ext {
 
@@ -308,8 +309,8 @@ Tensor count_valid(const Tensor& target, double ignore_index) {
   "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? normalizer, int formula, float[] options"
 
 // What those of the linear layer and its loss take first: LinearArguments.
-#define BCE_EXT_LINEAR_ARGUMENTS                                                                              \
-  "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? indices, Tensor? weight, " \
+#define BCE_EXT_LINEAR_ARGUMENTS                                                                               \
+  "Tensor input, Tensor? linear_weight, Tensor? linear_bias, Tensor target, Tensor? indices, Tensor? weight, " \
   "Tensor? pos_weight, Tensor? normalizer, float[] options"
 
 // What the overloads `options` of the public operators take beyond the arguments of aten.
@@ -378,10 +379,15 @@ double number_or_nan(const OptionalNumber& number) {
   return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
 }
 
+bool is_sparse(const Tensor& target) {
+  return target.defined() && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr);
+}
+
 Tensor with_logits(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t reduction) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
-  return bce({input, target, weight, pos_weight, std::nullopt, kFormula, {}}, reduction);
+  const Arguments arguments{input, target, weight, pos_weight, std::nullopt, kFormula, {}};
+  return is_sparse(target) ? sparse_with_logits(arguments, reduction) : bce(arguments, reduction);
 }
 
 Tensor with_logits_options(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -389,7 +395,8 @@ Tensor with_logits_options(const Tensor& input, const Tensor& target, const Opti
                            const OptionalNumber& ignore_index, const OptionalTensor& normalizer) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
   const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
-  return bce({input, target, weight, pos_weight, normalizer, kFormula, options}, reduction);
+  const Arguments arguments{input, target, weight, pos_weight, normalizer, kFormula, options};
+  return is_sparse(target) ? sparse_with_logits(arguments, reduction) : bce(arguments, reduction);
 }
 
 Tensor probabilities(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {

@@ -56,14 +56,15 @@ def make_batches(steps: int, rows: int, inputs: int, labels: int, sparse: bool) 
 
 
 def train(model: Classifier, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2000.0, foreach=False)
     losses = []
     for input, target in batches:
         optimizer.zero_grad()
         loss = model(input, target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.full_tensor() if isinstance(loss, DTensor) else loss))
+        loss = loss.detach()
+        losses.append((loss.full_tensor() if isinstance(loss, DTensor) else loss).item())
     return losses
 
 
@@ -89,16 +90,18 @@ def main() -> None:
     whole = Classifier(inputs, arguments.features, arguments.labels)
     expected = train(whole, batches)
 
-    own = sharded.loss.linear.weight.to_local().shape[0]  # type: ignore[operator]
+    weight = sharded.loss.linear.weight
+    assert isinstance(weight, DTensor)
+    own = weight.to_local().shape[0]
     print(f"process {rank} has {own} of {arguments.labels} labels", flush=True)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
     for (name, parameter), other in zip(sharded.named_parameters(), whole.parameters(), strict=True):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        torch.testing.assert_close(full, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(full, other, rtol=1e-4, atol=1e-6, msg=f"{name} differs from that of one process")
     dist.barrier()
     if rank == 0:
-        for step, (loss, other) in enumerate(zip(losses, expected, strict=True)):
-            print(f"step {step}: loss {loss:.6f}, in one process {other:.6f}")
+        for step, (loss, one) in enumerate(zip(losses, expected, strict=True)):
+            print(f"step {step}: loss {loss:.6f}, in one process {one:.6f}")
         print("the same parameters")
     dist.destroy_process_group()
 

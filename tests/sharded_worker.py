@@ -1,0 +1,138 @@
+"""Run by test_linear_sharded.py under torch.distributed.run: each case against one process that has all rows and labels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from linear_cases import KINDS, make_case
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import bce_ext
+import bce_ext.functional as F
+
+ROWS, FEATURES = 6, 3
+LOSS = F.linear_binary_cross_entropy_with_logits
+
+
+def full(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def same(actual: Tensor | None, expected: Tensor | None) -> None:
+    torch.testing.assert_close(full(actual), expected, rtol=1e-12, atol=1e-14)
+
+
+def run(labels: int, kind: str, reduction: str, weighted: bool, ignore_index: float | None) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(ROWS, FEATURES, labels, kind)
+    keywords = {"reduction": reduction, "ignore_index": ignore_index}
+    if weighted:
+        keywords["weight"] = torch.linspace(0.5, 1.5, labels, dtype=torch.float64)
+        keywords["pos_weight"] = torch.linspace(1, 2, ROWS * labels, dtype=torch.float64).view(ROWS, labels)
+    whole = case.leaves()
+    expected = LOSS(whole[0], whole[1], case.target, linear_bias=whole[2], **keywords)
+    expected.sum().backward()
+
+    input = case.input.clone().requires_grad_()
+    linear_weight, linear_bias = (
+        distribute_tensor(tensor, mesh, [Shard(0)]).requires_grad_() for tensor in case.leaves()[1:]
+    )
+    targets = [case.target]
+    if kind in ("dense", "bool"):
+        targets.append(distribute_tensor(case.target, mesh, [Shard(1)]))
+    for target in targets:
+        for leaf in (input, linear_weight, linear_bias):
+            leaf.grad = None
+        loss = LOSS(input, linear_weight, target, linear_bias=linear_bias, **keywords)
+        assert isinstance(loss, DTensor)
+        assert loss.placements == (Shard(1),) if reduction == "none" else loss.placements[0].is_partial()
+        same(loss.detach(), expected.detach())
+        loss.sum().backward()
+        same(input.grad, whole[0].grad)
+        same(linear_weight.grad, whole[1].grad)
+        same(linear_bias.grad, whole[2].grad)
+        assert linear_weight.grad is not None
+        assert linear_weight.grad.placements == (Shard(0),)
+
+
+def even_and_uneven() -> None:
+    for labels in (8, 7, 2):  # 2: some processes have none
+        for kind in KINDS:
+            run(labels, kind, "mean", weighted=False, ignore_index=None)
+    for reduction in ("none", "mean", "sum"):
+        run(7, "csr", reduction, weighted=True, ignore_index=None)
+    for kind in KINDS:
+        run(7, kind, "mean", weighted=True, ignore_index=0)
+
+
+def rows_and_labels() -> None:
+    """A mesh of two dimensions: rows along one, labels along the other."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for kind in KINDS:
+        case = make_case(ROWS, FEATURES, 7, kind)
+        whole = case.leaves()
+        expected = LOSS(whole[0], whole[1], case.target, linear_bias=whole[2])
+        expected.backward()
+        input = distribute_tensor(case.input, mesh, [Shard(0), Replicate()]).requires_grad_()
+        linear_weight, linear_bias = (
+            distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]).requires_grad_() for tensor in case.leaves()[1:]
+        )
+        loss = LOSS(input, linear_weight, case.target, linear_bias=linear_bias)
+        same(loss.detach(), expected.detach())
+        loss.backward()
+        for leaf, other in zip((input, linear_weight, linear_bias), whole, strict=True):
+            same(leaf.grad, other.grad)
+
+
+def fsdp() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(4 * ROWS, FEATURES, 7, "class indices")
+    torch.manual_seed(0)
+    whole = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+    torch.manual_seed(0)
+    sharded = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+    fully_shard(sharded, mesh=mesh)
+    whole(case.input, case.target).backward()
+    own = slice(dist.get_rank() * ROWS, (dist.get_rank() + 1) * ROWS)
+    sharded(case.input[own], case.target[own]).backward()
+    for parameter, other in zip(sharded.parameters(), whole.parameters(), strict=True):
+        same(parameter.grad, other.grad)
+
+
+def errors() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(ROWS, FEATURES, 8)
+    by_features = distribute_tensor(case.linear_weight, mesh, [Shard(1)])
+    by_labels = distribute_tensor(case.linear_weight, mesh, [Shard(0)])
+    by_rows = distribute_tensor(case.input, mesh, [Shard(0)])
+    for input, linear_weight, target in (
+        (case.input, by_features, case.target),
+        (by_rows, by_labels, case.target),
+        (case.input, by_labels, case.target[:, :5]),
+        (case.input, by_labels, case.target[:4]),
+        (case.input, by_labels, torch.ones(5, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            LOSS(input, linear_weight, target)
+    with pytest.raises(IndexError):
+        LOSS(case.input, by_labels, torch.tensor([0, 1, 2, 3, 4, 8]))
+
+
+CHECKS: tuple[Callable[[], None], ...] = (even_and_uneven, rows_and_labels, fsdp, errors)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for check in CHECKS:
+        if check.__name__ in sys.argv[1:]:
+            check()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from processes import _status_bytes, in_fresh_process
-from report import Row, environment, print_table, write_csv
+from report import Row, environment, write_csv
+from terminal import print_table
 from timing import measure, repeat
 from torch import Tensor
 

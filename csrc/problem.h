@@ -60,9 +60,8 @@ constexpr int kMaxParameters = 5;
 // One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input,
 // grad_target) the terms of formulas.h for the weight w * g:
 //   output loss         = loss
-//   sum                += loss                       (when `reduce`; in an order that numel, types and alignment decide)
-//   output grad_input   = scale * grad_input
-//   output grad_target  = scale * grad_target
+//   sum                += loss                       (when `reduce`; in an order that numel, types and alignment
+//   decide) output grad_input   = scale * grad_input output grad_target  = scale * grad_target
 // The target y is first what memory holds. Where that equals `ignore_index`, all three terms are 0 whatever the other
 // operands are; elsewhere y becomes y * (1 - label_smoothing) + label_smoothing / 2.
 // The walk visits the elements in the order in which the outputs lie in memory.

@@ -80,6 +80,7 @@ build: $(BUILT)  ## the extension, in place; only what changed is compiled
 
 demo: $(BUILT)  ## trains real models with torch's loss and with ours, and compares
 	$(PY) examples/demo.py $(ARGS)
+	$(PY) examples/identifiers.py --files 700 --steps 60
 
 test: $(BUILT)  ## the whole test suite
 	$(PY) -m pytest tests $(ARGS)

@@ -166,6 +166,7 @@ SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::
   TORCH_CHECK(target.layout() == at::kStrided, kName,
               ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
   if (!are_class_indices(target, input)) {
+    if (target.dim() == 2) return {target, Tensor()};
     return {target.reshape_symint({num_rows_of(input), num_labels}), Tensor()};
   }
   check_class_indices(target, num_labels);

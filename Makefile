@@ -169,7 +169,7 @@ cuda-check: nvcc $(CUDA_TREE)  ## builds with CUDA (no GPU needed), inspects the
 # symbols do not have, and use after scope would be tracked for each of the kernel's thousands of temporaries.
 # python has no sanitizers, so their libraries are loaded before it, and libstdc++ with them, whose exceptions they watch.
 # FUZZ_CASES takes some 4 minutes on 2 cores; ARGS="--cases 200000" runs more.
-FUZZ_CASES := 40000
+FUZZ_CASES := 25000
 SANITIZE_TREE := build/sanitize-tree
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer $(SANITIZERS) -fno-sanitize-address-use-after-scope -fno-sanitize-recover=undefined

@@ -52,12 +52,38 @@ def asymmetric(
     return _without_gradients(w * entropy * share**gamma, w.abs() * scale)
 
 
+def linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> reference.Terms:
+    layer = [None if each is None else each.double() for each in (input, linear_weight, linear_bias)]
+    logits, size = (torch.nn.functional.linear(*each) for each in (layer, [x if x is None else x.abs() for x in layer]))
+    entropy = reference.with_logits(logits, target, weight, pos_weight)
+    # The logits are rounded sums of products; the slope of the loss is at most that of both classes together.
+    w, p = (torch.ones_like(logits) if t is None else t.double().expand_as(logits).abs() for t in (weight, pos_weight))
+    slope = w * ((1 - target).abs() + p * target.abs())
+    return _without_gradients(entropy.loss, entropy.loss_scale + (input.shape[-1] + 1) * slope * size)
+
+
+def dense_target(given: dict[str, Any]) -> Tensor:
+    """Class indices stand for one positive label in each row, or for none."""
+    target: Tensor = given["target"]
+    if "linear_weight" in given and not target.is_floating_point() and target.dim() + 1 == given["input"].dim():
+        return (target.unsqueeze(-1) == torch.arange(given["linear_weight"].shape[0])).double()
+    return target.double()
+
+
 # The formula of each public operator, which takes the operator's arguments of the same names.
 FORMULAS: dict[str, Callable[..., reference.Terms]] = {
     "binary_cross_entropy_with_logits": reference.with_logits,
     "binary_cross_entropy": reference.probabilities,
     "sigmoid_focal_loss": focal,
     "asymmetric_loss": asymmetric,
+    "linear_binary_cross_entropy_with_logits": linear,
 }
 REDUCTIONS = {number: name for name, number in reference.REDUCTION_NUMBER.items()}
 GAMMAS = ("gamma", "gamma_neg", "gamma_pos")
@@ -88,7 +114,7 @@ def is_ordinary(tensor: Tensor) -> bool:
 def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
     """Loss and gradients with their reduction, and with what the options add."""
     formula = FORMULAS[operator.partition(".")[0]]
-    raw = given["target"].double()
+    raw = dense_target(given)
     names = [name for name in inspect.signature(formula).parameters if name != "target"]
     evaluate = partial(formula, **{name: given[name] for name in names})
     smoothing = given.get("label_smoothing", 0.0)
@@ -114,8 +140,8 @@ def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
 
 def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
     """Whether all operands are ordinary and the formula says what comes out."""
-    operands = [given[name] for name in ("input", "target", "weight", "pos_weight", "normalizer") if name in given]
-    operands = [operand for operand in operands if operand is not None]
+    names = ("input", "linear_weight", "linear_bias", "target", "weight", "pos_weight", "normalizer")
+    operands = [given[name] for name in names if given.get(name) is not None]
     if not all(isinstance(x, Tensor) and is_ordinary(x) for x in operands) or not isinstance(result, Tensor):
         return False
     if type(result) is not Tensor or result.device.type != "cpu" or given["input"].numel() == 0:
@@ -125,6 +151,8 @@ def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
         return False  # infinite as native sees it, too
     if operator.startswith("binary"):
         return True
+    if operator.startswith("linear"):  # products in half precision have other errors
+        return given["input"].dtype in (torch.float32, torch.float64)
     # A power of a negative number has no answer, and one that is enormous no digit.
     target = given["target"].double()
     return bool(((target >= 0) & (target <= 1)).all()) and all(given.get(g, 0) <= 100 for g in GAMMAS)

@@ -77,7 +77,8 @@ OptionalTensor as_weight(py::handle value, const char* function, const char* arg
   return as_tensor(value, function, argument);
 }
 
-// The loss `function`: bce_ext::_bce. NotImplemented under torch.jit.trace, which records what goes through torch.ops.
+// The loss `function`: bce_ext::_bce. NotImplemented where the public operator is to be called: under torch.jit.trace,
+// which records what goes through torch.ops, and for a sparse target.
 py::object bce(const char* function, int64_t formula, py::handle input, py::handle target, py::handle weight,
                py::handle pos_weight, py::handle normalizer, const py::tuple& options, int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
@@ -90,7 +91,9 @@ py::object bce(const char* function, int64_t formula, py::handle input, py::hand
   const OptionalTensor w = as_weight(weight, function, "weight");
   const OptionalTensor p = as_weight(pos_weight, function, "pos_weight");
   const OptionalTensor n = as_weight(normalizer, function, "normalizer");
-  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (torch::jit::tracer::isTracing() || y.layout() != at::kStrided) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
   c10::SmallVector<double, 8> numbers;
   for (const py::handle& option : options) numbers.push_back(option.cast<double>());
   py::gil_scoped_release no_gil;

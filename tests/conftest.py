@@ -8,26 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-import bce_ext
+from gpu import WHY_NO_CUDA
 
 # torch.compile's cache on disk knows our operators by their names: it must not answer with what it compiled for another build of the extension.
 _COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="bce_ext_compile_cache_")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILE_CACHE.name
-
-
-def why_no_cuda() -> str | None:
-    """The reason why nothing can be run on a GPU, or None."""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is a CPU build"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if bce_ext.build_info()["cuda"] is None and torch.version.hip is None:
-        return "the extension was built without CUDA"
-    return None
-
-
-WHY_NO_CUDA = why_no_cuda()
 
 
 @pytest.fixture(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import WHY_NO_CUDA
+from gpu import WHY_NO_CUDA
 from torch import Tensor
 
 import bce_ext

@@ -254,10 +254,11 @@ def reduced(terms: Terms, reduction: str, grad_output: Tensor | float = 1.0, div
     return Terms(
         loss,
         loss_scale,
-        terms.grad_input * factor,
-        terms.grad_input_scale * factor.abs(),
-        terms.grad_target * factor,
-        terms.grad_target_scale * factor.abs(),
+        # No element is left where the divisor is 0, and what is ignored has a gradient of 0.
+        _product(terms.grad_input, factor),
+        _product(terms.grad_input_scale, factor.abs()),
+        _product(terms.grad_target, factor),
+        _product(terms.grad_target_scale, factor.abs()),
     )
 
 

@@ -11,6 +11,6 @@ def bce(
     weight: Tensor | float | None,
     pos_weight: Tensor | float | None,
     normalizer: Tensor | float | None,
-    options: tuple[float, ...],
+    options: tuple[float | None, ...],
     reduction: int,
 ) -> Any: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ def call(
 ) -> Tensor:
     """What every loss does outside of TorchScript.
 
-    The operands are input, target, weight, pos_weight and normalizer, the options those of ``loss.options``, or none where all of them are defaults.
+    The operands are input, target, weight, pos_weight and normalizer, the options those of ``loss.options``, or none of them.
     """
     if has_torch_function(operands):
         deprecated = {"size_average": size_average, "reduce": reduce}
@@ -53,11 +52,12 @@ def call(
             name: value for name, value in deprecated.items() if value is not None
         }
         return handle_torch_function(loss.function, operands, *operands[:2], reduction=reduction, **keywords)
-    number = reduction_number(reduction, size_average, reduce)
+    # Small losses are bound by what a call costs: what is usual goes first.
+    is_usual = reduction == "mean" and size_average is None and reduce is None
+    number = 1 if is_usual else reduction_number(reduction, size_average, reduce)
     if not is_dynamo_compiling():
-        numbers = tuple(math.nan if option is None else option for option in options)
         input, target, weight, pos_weight, normalizer = operands
-        result = _C.bce(loss.name, loss.formula, input, target, weight, pos_weight, normalizer, numbers, number)
+        result = _C.bce(loss.name, loss.formula, input, target, weight, pos_weight, normalizer, options, number)
         if result is not NotImplemented:
             return result  # type: ignore[no-any-return]
     # Compilers and tracers see public operators only, and these take sparse targets.

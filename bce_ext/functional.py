@@ -80,7 +80,7 @@ def binary_cross_entropy_with_logits(
     """
     if not is_scripting():
         operands = (input, target, weight, pos_weight, normalizer)
-        options = _options(label_smoothing, ignore_index)
+        options = (label_smoothing, ignore_index)
         return call(WITH_LOGITS, operands, options, reduction, size_average, reduce)
     number = reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
@@ -151,7 +151,7 @@ def binary_cross_entropy(
     """
     if not is_scripting():
         operands = (input, target, weight, None, normalizer)
-        options = _options(label_smoothing, ignore_index)
+        options = (label_smoothing, ignore_index)
         return call(PROBABILITIES, operands, options, reduction, size_average, reduce)
     number = reduction_number(reduction, size_average, reduce)
     return torch.ops.bce_ext.binary_cross_entropy(  # type: ignore[no-any-return]
@@ -315,11 +315,6 @@ def asymmetric_loss(
         detach_focusing=detach_focusing,
         eps=eps,
     )
-
-
-def _options(label_smoothing: float, ignore_index: float | None) -> tuple[float | None, ...]:
-    """Most calls have none, and small losses are bound by what a call costs."""
-    return () if label_smoothing == 0.0 and ignore_index is None else (label_smoothing, ignore_index)
 
 
 # How the losses are called outside of TorchScript.

@@ -10,6 +10,8 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/version.h>
 
+#include <cmath>
+#include <limits>
 #include <string>
 
 namespace py = pybind11;
@@ -60,9 +62,9 @@ PyObject* argument_type_error() {
   return type.ptr();
 }
 
-const at::Tensor& as_tensor(py::handle value, const char* function, const char* argument) {
+const at::Tensor& as_tensor(py::handle value, py::handle function, const char* argument) {
   if (!THPVariable_Check(value.ptr())) {
-    PyErr_Format(argument_type_error(), "%s: expected %s to be a Tensor, but got %s", function, argument,
+    PyErr_Format(argument_type_error(), "%S: expected %s to be a Tensor, but got %s", function.ptr(), argument,
                  Py_TYPE(value.ptr())->tp_name);
     throw py::error_already_set();
   }
@@ -70,16 +72,26 @@ const at::Tensor& as_tensor(py::handle value, const char* function, const char* 
 }
 
 // A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device.
-OptionalTensor as_weight(py::handle value, const char* function, const char* argument) {
+OptionalTensor as_weight(py::handle value, py::handle function, const char* argument) {
   if (value.is_none()) return std::nullopt;
   if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
     return at::scalar_tensor(value.cast<double>(), at::TensorOptions(at::kDouble).device(at::kCPU));
   return as_tensor(value, function, argument);
 }
 
+// None becomes NaN. Where a formula has no parameters and all options are at their defaults, there are none.
+c10::SmallVector<double, 8> as_numbers(const py::tuple& options) {
+  c10::SmallVector<double, 8> numbers;
+  for (const py::handle& option : options) {
+    numbers.push_back(option.is_none() ? std::numeric_limits<double>::quiet_NaN() : option.cast<double>());
+  }
+  if (numbers.size() == 2 && numbers[0] == 0.0 && std::isnan(numbers[1])) numbers.clear();
+  return numbers;
+}
+
 // The loss `function`: bce_ext::_bce. NotImplemented where the public operator is to be called: under torch.jit.trace,
 // which records what goes through torch.ops, and for a sparse target.
-py::object bce(const char* function, int64_t formula, py::handle input, py::handle target, py::handle weight,
+py::object bce(py::handle function, int64_t formula, py::handle input, py::handle target, py::handle weight,
                py::handle pos_weight, py::handle normalizer, const py::tuple& options, int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::_bce", "")
@@ -94,8 +106,7 @@ py::object bce(const char* function, int64_t formula, py::handle input, py::hand
   if (torch::jit::tracer::isTracing() || y.layout() != at::kStrided) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
-  c10::SmallVector<double, 8> numbers;
-  for (const py::handle& option : options) numbers.push_back(option.cast<double>());
+  const c10::SmallVector<double, 8> numbers = as_numbers(options);
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(x, y, w, p, n, formula, numbers, reduction, std::nullopt);
   py::gil_scoped_acquire gil;

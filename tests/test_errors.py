@@ -80,7 +80,6 @@ BAD_TENSORS: dict[str, tuple[Arguments, str]] = {
         "expected pos_weight on the device of input",
     ),
     "sparse logits": ((X.to_sparse(), Y, {}), "expected a strided input"),
-    "sparse target": ((X, Y.to_sparse(), {}), "expected a strided target"),
 }
 
 

@@ -1,5 +1,5 @@
-// The operators of the family: the arguments that they share, the checks of these arguments, and calls through the
-// dispatcher. The schemas stand in ops.cpp.
+// The operators of the family: the arguments that they share, the checks of these arguments (checks.cpp), and calls
+// through the dispatcher. The schemas stand in ops.cpp.
 #pragma once
 
 #include <ATen/core/Reduction.h>

@@ -9,6 +9,8 @@ exchange is the loss, one number, and the gradient of the features.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -108,3 +110,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # A thread of gloo that is still there while the interpreter is torn down would abort the process.
+    sys.stdout.flush()
+    os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -136,3 +137,6 @@ if __name__ == "__main__":
             check()
     dist.barrier()
     dist.destroy_process_group()
+    # A thread of gloo that is still there while the interpreter is torn down would abort the process.
+    sys.stdout.flush()
+    os._exit(0)

@@ -67,8 +67,19 @@ BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {
 
 BCE_EXT_HOST_DEVICE void store_as(float value, float& out) { out = value; }
 BCE_EXT_HOST_DEVICE void store_as(float value, double& out) { out = value; }
-BCE_EXT_HOST_DEVICE void store_as(double value, BFloat16Bits& out) { store_as(static_cast<float>(value), out); }
-BCE_EXT_HOST_DEVICE void store_as(double value, HalfBits& out) { store_as(static_cast<float>(value), out); }
+
+// Rounded to odd: a float that is rounded to fewer places next gives what the double would have given, where the
+// nearest float may be a tie that the double is not.
+BCE_EXT_HOST_DEVICE float round_to_odd(double value) {
+  const float nearest = static_cast<float>(value);
+  const double back = static_cast<double>(nearest);
+  const uint32_t is_beyond = static_cast<uint32_t>(math::magnitude(back) > math::magnitude(value));
+  const uint32_t is_inexact = static_cast<uint32_t>(back != value);
+  return math::from_bits<float>((math::to_bits(nearest) - is_beyond) | is_inexact);
+}
+
+BCE_EXT_HOST_DEVICE void store_as(double value, BFloat16Bits& out) { store_as(round_to_odd(value), out); }
+BCE_EXT_HOST_DEVICE void store_as(double value, HalfBits& out) { store_as(round_to_odd(value), out); }
 BCE_EXT_HOST_DEVICE void store_as(double value, float& out) { out = static_cast<float>(value); }
 BCE_EXT_HOST_DEVICE void store_as(double value, double& out) { out = value; }
 

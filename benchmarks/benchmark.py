@@ -1,6 +1,6 @@
 """Times torch's binary cross entropy, torch.compile of it, and bce_ext, and compares their memory.
 
-    python benchmarks/benchmark.py              # sweep over the sizes, memory, grid over everything
+    python benchmarks/benchmark.py              # the limit, a sweep over the sizes, memory, a grid over everything
     python benchmarks/benchmark.py --quick      # a part of each
     python benchmarks/benchmark.py --targets    # only what the package promises, and whether this machine shows it
     python benchmarks/benchmark.py --device cuda
@@ -21,6 +21,7 @@ import torch
 from cases import IMPLEMENTATIONS, Case
 from family import run_family
 from grid import Grid, run_grid
+from limit import run_limit
 from memory import run_memory
 from report import environment, write_csv
 from sweep import run_sweep
@@ -84,7 +85,7 @@ def main() -> None:
     how_much.add_argument("--smoke", action="store_true", help="hardly anything: that it runs")
     how_much.add_argument("--targets", action="store_true", help="what the package promises on a CPU, and the grid")
     parser.add_argument(
-        "--only", nargs="+", choices=("targets", "family", "sweep", "memory", "grid"), help="only these parts"
+        "--only", nargs="+", choices=("targets", "family", "limit", "sweep", "memory", "grid"), help="only these parts"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/benchmark"), help="where CSV files and plots go")
     args = parser.parse_args()
     plan = QUICK if args.quick else SMOKE if args.smoke else FULL
-    parts = args.only or (("targets", "grid") if args.targets else ("sweep", "memory", "grid"))
+    parts = args.only or (("targets", "grid") if args.targets else ("limit", "sweep", "memory", "grid"))
     if "targets" in parts and args.device != "cpu":
         parser.error("the targets are those of the CPU")
 
@@ -110,6 +111,8 @@ def main() -> None:
     if "family" in parts:
         rows = run_family(args.device, args.threads, plan.seconds, plan.min_rounds)
         write_csv(output / "family.csv", rows)
+    if "limit" in parts:
+        write_csv(output / "limit.csv", run_limit(args.device, args.threads, plan.seconds, plan.min_rounds))
     if "sweep" in parts:
         cases = [replace(case, **where) for case in plan.sweep]
         rows = run_sweep(cases, plan.exponents, plan.compiled, plan.seconds, plan.min_rounds)

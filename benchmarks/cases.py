@@ -23,9 +23,9 @@ class Case:
 
     shape: tuple[int, ...]
     dtype: str = "float32"
-    target: str = "same"  # same: the dtype of the input | bool
+    target: str = "same"  # same: the dtype of the input | bool | int64
     reduction: str = "mean"
-    weights: str = "none"  # none | weight | pos_weight[C] | pos_weight[C,1,1]
+    weights: str = "none"  # none | weight | weight[N,1] | pos_weight | pos_weight[C] | pos_weight[C,1,1]
     layout: str = "contiguous"  # contiguous | channels_last | transposed | mixed | sliced
     loss: str = "logits"  # logits: BCEWithLogitsLoss | probabilities: BCELoss
     mode: str = "full"  # forward, recorded by autograd | inference: forward under no_grad | backward | full: both
@@ -49,10 +49,12 @@ class Case:
         weight_numel = {
             "none": 0,
             "weight": self.numel,
+            "weight[N,1]": self.shape[0] if self.shape else 0,
+            "pos_weight": 1,
             "pos_weight[C]": self.shape[-1],
             "pos_weight[C,1,1]": self.shape[-3] if len(self.shape) > 2 else 0,
         }
-        read = tensor + self.numel * (1 if self.target == "bool" else self.itemsize)
+        read = tensor + self.numel * {"same": self.itemsize, "bool": 1, "int64": 8}[self.target]
         read += weight_numel[self.weights] * self.itemsize
         if self.reduction == "none":
             forward, backward = read + tensor, read + 2 * tensor  # the loss; grad_output and the gradient
@@ -71,7 +73,10 @@ class Inputs:
         input = torch.randn(case.shape) if case.loss == "logits" else torch.rand(case.shape).clamp(0.01, 0.99)
         self.input = _lay_out(to_input(input), case.layout).requires_grad_(case.mode != "inference")
         target = torch.rand(case.shape)
-        target = (target < 0.5).to(case.device) if case.target == "bool" else to_input(target)
+        if case.target == "same":
+            target = to_input(target)
+        else:
+            target = (target < 0.5).to(case.device, getattr(torch, case.target))
         self.target = target if case.layout == "mixed" else _lay_out(target, case.layout)
         self.grad_output = to_input(torch.rand(case.shape)) if case.reduction == "none" else None
 
@@ -79,6 +84,10 @@ class Inputs:
         match case.weights:
             case "weight":
                 self.weights["weight"] = _lay_out(to_input(torch.rand(case.shape)), case.layout)
+            case "weight[N,1]":
+                self.weights["weight"] = to_input(torch.rand(case.shape[0], 1))
+            case "pos_weight":
+                self.weights["pos_weight"] = to_input(torch.tensor(1.5))
             case "pos_weight[C]":
                 self.weights["pos_weight"] = to_input(1 + torch.rand(case.shape[-1]))
             case "pos_weight[C,1,1]":
@@ -101,7 +110,7 @@ def loss_function(case: Case, implementation: str) -> Callable[..., Tensor]:
     name = "binary_cross_entropy" if case.loss == "probabilities" else "binary_cross_entropy_with_logits"
     function: Callable[..., Tensor] = getattr(bce_ext.functional if implementation == "ours" else F, name)
     native = function
-    if implementation != "ours" and case.target == "bool":
+    if implementation != "ours" and case.target != "same":
 
         def function(input: Tensor, target: Tensor, **options: object) -> Tensor:
             return native(input, target.to(input.dtype), **options)

@@ -1,0 +1,61 @@
+"""How near each path comes to the memory: its time over that of its bytes, at the speed of an addition in the same rounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cases import Case, candidates
+from report import Row, timing_rows
+from terminal import print_table, track
+from timing import measure
+
+LARGE = Case((4096, 4096))
+PATHS = {
+    "mean": LARGE,
+    "bool target": replace(LARGE, target="bool"),
+    "int64 target": replace(LARGE, target="int64"),
+    "weight [N, 1]": replace(LARGE, weights="weight[N,1]"),
+    "weight of the full shape": replace(LARGE, weights="weight"),
+    "pos_weight [C]": replace(LARGE, weights="pos_weight[C]"),
+    "pos_weight, one number": replace(LARGE, weights="pos_weight"),
+    "bfloat16": replace(LARGE, dtype="bfloat16"),
+    "bfloat16, bool target": replace(LARGE, dtype="bfloat16", target="bool"),
+    "float16": replace(LARGE, dtype="float16"),
+    "float64": replace(LARGE, dtype="float64"),
+    "reduction none": replace(LARGE, reduction="none"),
+    "BCELoss": replace(LARGE, loss="probabilities"),
+    "BCELoss, reduction none": replace(LARGE, loss="probabilities", reduction="none"),
+    "no gradient": replace(LARGE, mode="inference"),
+    "no gradient, bfloat16": replace(LARGE, mode="inference", dtype="bfloat16"),
+    "mean, 1M elements": Case((1024, 1024)),
+}
+# Below, no memory is waited for: against the cheapest trip through autograd.
+SMALL = {f"mean, {numel:,} elements": Case((numel,)) for numel in (1 << 16, 1 << 14, 1000, 1)}
+
+
+def run_limit(device: str, threads: int, seconds: float, min_rounds: int) -> list[Row]:
+    """Forward and backward of each path beside ``torch.add(x, y, out=z)``, and of small inputs beside ``x.sum().backward()``."""
+    rows: list[Row] = []
+    lines: list[list[object]] = []
+    for name, path in track((PATHS | SMALL).items(), "limit", len(PATHS | SMALL)):
+        case = replace(path, threads=threads, device=device)
+        # The addition is that of float32 numbers, whatever the path computes in: what counts is its bytes for a second.
+        plain = replace(case, dtype="float32", target="same", weights="none", mode="full")
+        timings = measure(candidates(case, ("ours",)) | candidates(plain, ("add", "sum")), seconds, min_rounds)
+        seconds_of_a_byte = timings["add"].median / plain.bytes_moved("add")
+        moved = case.bytes_moved("ours")
+        ours = timings["ours"].median
+        limit = moved * seconds_of_a_byte
+        over_sum = ours / timings["sum"].median if case.mode == "full" else None
+        lines.append([name, moved / case.numel, timings["ours"], f"{limit * 1e3:.3g} ms", ours / limit, over_sum])
+        rows += [
+            {"path": name, **row, "bytes": moved, "limit_seconds": limit, "over_limit": ours / limit}
+            for row in timing_rows(case, {"native": timings["ours"], **timings})
+            if row["implementation"] == "ours"
+        ]
+    print_table(
+        f"Against the memory, {threads} threads: medians [20 %, 80 % quantiles]",
+        ("path", "bytes an element", "forward + backward", "its bytes, at the speed of add", "over that", "over sum"),
+        lines,
+    )
+    return rows

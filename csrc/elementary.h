@@ -67,6 +67,7 @@ struct Number {
   using Bits = typename FloatFormat<T>::Bits;
   using Condition = bool;
   static constexpr bool kHasMultiplyAdd = true;  // in one instruction
+  static constexpr bool kScalesByPower = false;  // has times_power_of_two(value, n): value * 2^n, rounded once
 
   static BCE_EXT_HOST_DEVICE Bits to_bits(T value) {
     Bits bits;
@@ -81,6 +82,7 @@ struct Number {
   static BCE_EXT_HOST_DEVICE bool is_negative(T x) { return (to_bits(x) & ~FloatFormat<T>::kMagnitudeMask) != 0; }
   static BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
   static BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) { return condition ? a : b; }
+  static BCE_EXT_HOST_DEVICE T at_most(T bound, T a) { return bound < a ? bound : a; }
 };
 
 template <typename T>
@@ -118,6 +120,12 @@ BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) {
 template <typename T>
 BCE_EXT_HOST_DEVICE T select(Condition<T> condition, T a, T b) {
   return Number<T>::select(condition, a, b);
+}
+
+// The smaller of both; NaN where a is.
+template <typename T>
+BCE_EXT_HOST_DEVICE T at_most(T bound, T a) {
+  return Number<T>::at_most(bound, a);
 }
 
 template <typename T>
@@ -230,17 +238,22 @@ template <typename T>
 BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back,
   // so that a subnormal result is rounded once, by the last multiplication.
-  constexpr int kLift = 64;
+  constexpr int kLift = Number<T>::kScalesByPower ? 0 : 64;
   // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
   // power of two.
   constexpr Scalar<T> kRound =
       Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
+  a = at_most(T(Format<T>::kExpCutoff), a);
   const T rounded = kRound - a * Format<T>::kLog2E;
   const T n = rounded - kRound;
   const T r = (-a - n * Format<T>::kLn2High) - n * Format<T>::kLn2Low;
-  const T lifted_power = from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
   constexpr Scalar<T> kUnit = power_of_two<Scalar<T>>(-kLift);
-  return select(a > T(Format<T>::kExpCutoff), T(0), (expm1_quotient(r, kUnit) * r + kUnit) * lifted_power);
+  const T lowered = expm1_quotient(r, kUnit) * r + kUnit;
+  if constexpr (Number<T>::kScalesByPower) {
+    return Number<T>::times_power_of_two(lowered, n);
+  } else {
+    return lowered * from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
+  }
 }
 
 // log1p(e) for e in [0, 1].

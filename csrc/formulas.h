@@ -38,17 +38,16 @@ BCE_EXT_HOST_DEVICE T times(T weight, T value) {
   return weight * value;
 }
 
-// Terms times the weight of the element, where 0 * infinity is 0: an element without weight has no say. `scale` is that
-// of the gradients.
+// Multiplies terms by the weight of the element, where 0 * infinity is 0: an element without weight has no say.
+// `scale` is that of the gradients. In place, as compilers leave copies of packs in memory.
 template <typename T, typename Weight>
-BCE_EXT_HOST_DEVICE Terms<T> weighted(Weight w, T scale, Terms<T> terms) {
+BCE_EXT_HOST_DEVICE void multiply(Terms<T>& terms, Weight w, T scale) {
   if constexpr (kIsGiven<Weight>) {
     terms.loss = math::weighted(w, terms.loss);
     terms.grad_target = math::weighted(w, terms.grad_target);
   }
   terms.grad_input = times(w, scale) * terms.grad_input;
   terms.grad_target = scale * terms.grad_target;
-  return terms;
 }
 
 // What is done to a target as memory holds it: smoothing, and ignored elements.
@@ -68,10 +67,13 @@ struct TargetRule {
 template <typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
 BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
                                               Weight w, PosWeight p, T scale, T first) {
-  const Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
+  Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
   const math::Condition<T> ignored = y == T(rule.ignore_index);
-  return {math::select(ignored, T(0), terms.loss), math::select(ignored, T(0), terms.linear),
-          math::select(ignored, T(0), terms.grad_input), math::select(ignored, T(0), terms.grad_target * rule.slope)};
+  terms.loss = math::select(ignored, T(0), terms.loss);
+  terms.linear = math::select(ignored, T(0), terms.linear);
+  terms.grad_input = math::select(ignored, T(0), terms.grad_input);
+  terms.grad_target = math::select(ignored, T(0), terms.grad_target * rule.slope);
+  return terms;
 }
 
 // What the formulas of a logit share. With e = exp(-|x|), `against` the weight of the class that the logit speaks
@@ -128,7 +130,9 @@ struct WithLogits {
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
     const CrossEntropy<T> entropy(x, y, p, e);
-    return weighted(w, scale, Terms<T>{entropy.loss, entropy.linear, entropy.grad_input, entropy.grad_target});
+    Terms<T> terms{entropy.loss, entropy.linear, entropy.grad_input, entropy.grad_target};
+    multiply(terms, w, scale);
+    return terms;
   }
 };
 
@@ -162,7 +166,8 @@ struct Probabilities {
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
     terms.grad_input = (q - y) / math::select(variance < T(1e-12), T(1e-12), variance);
     terms.grad_target = log_rest - log_q;
-    return weighted(w, scale, terms);
+    multiply(terms, w, scale);
+    return terms;
   }
 };
 
@@ -227,7 +232,8 @@ struct Focal {
     terms.grad_target =
         math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
         math::weighted(alpha * focused.power, entropy.grad_target);
-    return weighted(w, scale, terms);
+    multiply(terms, w, scale);
+    return terms;
   }
 
   Scalar gamma;
@@ -302,7 +308,8 @@ struct Asymmetric {
     terms.grad_input = entropy_by_input * focus + T(attached) * (entropy * (gamma * (previous * u_by_input)));
     const T focus_by_target = focus * T(gamma_pos - gamma_neg) * log_u + gamma * previous * (negative - rest);
     terms.grad_target = (log_other - times(p, log_positive)) * focus + T(attached) * entropy * focus_by_target;
-    return weighted(w, scale, terms);
+    multiply(terms, w, scale);
+    return terms;
   }
 
   Scalar gamma_neg, gamma_pos, clip, eps;

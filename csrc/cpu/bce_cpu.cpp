@@ -91,7 +91,12 @@ class FirstInvalid {
 
 // Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
 // added in order, so the result does not depend on the number of threads.
-double run_chunks(const Problem& problem) {
+double run_chunks(Problem& problem) {
+  // An output so large is not in a cache any more when the next operation reads it; and memory that is written past the
+  // caches is not read first.
+  constexpr int64_t kLargestCached = 32 << 20;
+  const Output& output = problem.grad_input.data != nullptr ? problem.grad_input : problem.loss;
+  problem.past_caches = problem.numel * size_of(output.dtype) > kLargestCached;
   const int64_t chunks = num_chunks(problem.numel);
   const ChunkKernel kernel = chunk_kernel(problem, isa());
   c10::SmallVector<double, 64> sums(chunks);
@@ -127,10 +132,6 @@ struct Cpu {
   static void run(Problem& problem) { run_chunks(problem); }
 
   static Tensor run_and_sum(Problem& problem, at::ScalarType dtype, const Tensor& /*like*/) {
-    // So large a gradient is not in a cache any more when backward hands it on; and memory that is written past the
-    // caches is not read first.
-    constexpr int64_t kLargestCached = 32 << 20;
-    problem.past_caches = problem.numel * size_of(problem.grad_input.dtype) > kLargestCached;
     return number(run_chunks(problem) / problem.divisor, dtype);
   }
 };

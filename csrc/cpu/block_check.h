@@ -22,6 +22,18 @@ BCE_EXT_HOST_DEVICE bool is_hard_label(T value, T ignored) {
   return (value == T(0)) | (value == T(1)) | (value == ignored);
 }
 
+// Whether all elements lie in [0, 1]; false for some that do, such as -0. The bits of those numbers, taken for an
+// integer, are no larger than those of 1: one instruction for each register.
+template <typename T>
+BCE_EXT_TARGET bool all_seem_in_unit_interval(int64_t n, const T* in) {
+  math::Bits<T> largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const math::Bits<T> bits = math::to_bits(in[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest <= math::to_bits(T(1));
+}
+
 // The index of the first element that fails, or n. `check`: a function of the element and of `ignored`.
 template <typename T, bool (*check)(T, T)>
 BCE_EXT_TARGET int64_t first_invalid(int64_t n, const T* in, T ignored) {
@@ -42,6 +54,7 @@ BCE_EXT_TARGET std::optional<InvalidElement> find_invalid(const Problem& problem
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
   }
   if constexpr (Formula::kTakesProbabilities) {
+    if (all_seem_in_unit_interval(n, y) && all_seem_in_unit_interval(n, x)) return std::nullopt;
     int64_t i = first_invalid<T, is_in_unit_interval<T>>(n, y, ignored);
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
     for (i = first_invalid<T, is_in_unit_interval<T>>(n, x, std::numeric_limits<T>::quiet_NaN()); i < n; ++i) {

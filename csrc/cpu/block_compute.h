@@ -5,6 +5,7 @@
 
 #include "../formulas.h"
 #include "block_read.h"
+#include "memory_access.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {
@@ -14,8 +15,15 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kLinearSum = 8,    // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
-  kPastCaches = 16,  // writes the gradient past the caches
+  kLinearSum = 8,  // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
+};
+
+// The types in which memory holds the input, the target and the gradient of the input of a block.
+template <typename Input, typename Target, typename Gradient>
+struct InMemory {
+  using X = Input;
+  using Y = Target;
+  using G = Gradient;
 };
 
 // What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to
@@ -63,32 +71,48 @@ struct Constants {
 // kLinearSum.
 template <typename T>
 struct Block {
-  const T *x, *y, *w, *p;
+  const void *x, *y;  // InMemory says of what type, as for grad_input
+  const T *w, *p;
   T* first;
-  T *loss, *grad_input, *grad_target;
+  T* loss;
+  void* grad_input;
+  T* grad_target;
   double* lanes;
   Ahead ahead;
+  bool loss_past_caches, grad_past_caches;
 };
 
 template <typename T>
 using Compute = void (*)(int64_t n, const Constants<T>& constants, const Block<T>& block);
 
+template <bool kAdjusts, typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
+BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Weight w,
+                                      PosWeight p, T scale, T first) {
+  if constexpr (kAdjusts) {
+    return evaluate_by_rule(formula, rule, x, y, w, p, scale, first);
+  } else {
+    return formula.evaluate(x, y, w, p, scale, first);
+  }
+}
+
 // kAdjusts: targets are smoothed, or ignored.
-template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight, bool kAdjusts>
+template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight, bool kAdjusts,
+          typename Memory = InMemory<T, T, T>>
 BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Block<T>& block) {
   const Formula formula(constants.parameters);
   const Ahead next = block.ahead;
-  const T* __restrict const x = block.x;
-  const T* __restrict const y = block.y;
+  const auto* __restrict const x = static_cast<const typename Memory::X*>(block.x);
+  const auto* __restrict const y = static_cast<const typename Memory::Y*>(block.y);
+  auto* __restrict const grad_input = static_cast<typename Memory::G*>(block.grad_input);
   T* __restrict const first = block.first;
   const Numbers<T> ignored = constants.rule.ignore_index;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     prefetch<T>(next.x, i);
     prefetch<T>(next.y, i);
-    Numbers<T> stage = formula.first_stage(Numbers<T>::load(x + i));
+    Numbers<T> stage = formula.first_stage(load<Numbers<T>>(x + i));
     // log1p(0) adds nothing where the logarithms are joined.
     if constexpr (kAdjusts && (kWanted & kLinearSum) != 0) {
-      stage = math::select(Numbers<T>::load(y + i) == ignored, Numbers<T>(T(0)), stage);
+      stage = math::select(load<Numbers<T>>(y + i) == ignored, Numbers<T>(T(0)), stage);
     }
     stage.store(first + i);
   }
@@ -102,21 +126,12 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
-      const Numbers<T> input = Numbers<T>::load(x + i), target = Numbers<T>::load(y + i);
+      const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
       const Numbers<T> stage = Numbers<T>::load(first + i);
-      Terms<Numbers<T>> terms;
-      if constexpr (kAdjusts) {
-        terms = evaluate_by_rule(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
-      } else {
-        terms = formula.evaluate(input, target, weight, pos_weight, scale, stage);
-      }
-      if constexpr ((kWanted & kLoss) != 0) terms.loss.store(block.loss + i);
+      const auto terms = evaluate<kAdjusts>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
+      if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
       if constexpr ((kWanted & kLinearSum) != 0) linear = linear + terms.linear;
-      if constexpr ((kWanted & kPastCaches) != 0) {
-        terms.grad_input.store_past_caches(block.grad_input + i);
-      } else if constexpr ((kWanted & kGradInput) != 0) {
-        terms.grad_input.store(block.grad_input + i);
-      }
+      if constexpr ((kWanted & kGradInput) != 0) store(terms.grad_input, grad_input + i, block.grad_past_caches);
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }
     if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, block.lanes);

@@ -2,6 +2,6 @@
 #if defined(__x86_64__)
 #define BCE_EXT_ISA avx2
 #define BCE_EXT_VECTOR_BYTES 32
-#define BCE_EXT_TARGET __attribute__((target("avx2,fma")))
+#define BCE_EXT_TARGET __attribute__((target("avx2,fma,f16c")))
 #include "block_kernel_impl.h"
 #endif

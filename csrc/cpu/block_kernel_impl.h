@@ -53,11 +53,31 @@ BCE_EXT_TARGET Compute<T> select_joined(int wanted) {
   switch (wanted) {
     case kLinearSum:
       return compute<T, Formula, kLinearSum, false, false, kAdjusts>;
-    case kLinearSum | kGradInput:
-      return compute<T, Formula, kLinearSum | kGradInput, false, false, kAdjusts>;
     default:
-      return compute<T, Formula, kLinearSum | kGradInput | kPastCaches, false, false, kAdjusts>;
+      return compute<T, Formula, kLinearSum | kGradInput, false, false, kAdjusts>;
   }
+}
+
+// What is computed from memory of other types without a detour over buffers.
+template <typename T, typename Formula, typename Memory>
+BCE_EXT_TARGET Compute<T> select_converting(int wanted) {
+  switch (wanted) {
+    case kLinearSum:
+      return compute<T, Formula, kLinearSum, false, false, false, Memory>;
+    case kLinearSum | kGradInput:
+      return compute<T, Formula, kLinearSum | kGradInput, false, false, false, Memory>;
+    case kGradInput:
+      return compute<T, Formula, kGradInput, false, false, false, Memory>;
+    default:
+      return nullptr;
+  }
+}
+
+template <typename T, typename Formula, typename S>
+BCE_EXT_TARGET Compute<T> select_target(const Problem& problem, int wanted) {
+  if (problem.target.dtype == problem.input.dtype) return select_converting<T, Formula, InMemory<S, S, S>>(wanted);
+  if (problem.target.dtype == Dtype::Bool) return select_converting<T, Formula, InMemory<S, BoolBits, S>>(wanted);
+  return nullptr;
 }
 
 // What a kernel reads beside input and target, and does to the target.
@@ -94,6 +114,25 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
   return select_wanted<T, Formula, false, false, false>(wanted);
 }
 
+// The kernel of a problem in types that it need not convert beforehand, or null: what is frequent in training with low
+// precision, or with bool targets. Without weights and adjustments.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wanted) {
+  if constexpr (std::is_same_v<T, float> && Formula::kJoinsLogarithms) {
+    const bool writes_as_it_reads =
+        problem.grad_input.data == nullptr || problem.grad_input.dtype == problem.input.dtype;
+    if (problem.input.layout != Layout::Flat || problem.target.layout != Layout::Flat || !writes_as_it_reads) {
+      return nullptr;
+    }
+    if (problem.input.dtype == Dtype::Float) return select_target<T, Formula, float>(problem, wanted);
+    if (problem.input.dtype == Dtype::BFloat16) return select_target<T, Formula, BFloat16Bits>(problem, wanted);
+    if constexpr (kConvertsHalf<BCE_EXT_VECTOR_BYTES>) {
+      if (problem.input.dtype == Dtype::Half) return select_target<T, Formula, HalfBits>(problem, wanted);
+    }
+  }
+  return nullptr;
+}
+
 // ---- a chunk ----
 
 // `joins_logs`: the losses need not be known one by one, and have the same weight, so that their logarithms can be
@@ -105,11 +144,14 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   OperandReader<T> weight(problem, problem.weight, end - begin);
   OperandReader<T> pos_weight(problem, problem.pos_weight, end - begin);
   OperandReader<T> grad_output(problem, problem.grad_output, end - begin);
-  OutputWriter<T> loss(problem.loss);
-  OutputWriter<T> grad_input(problem.grad_input);
-  OutputWriter<T> grad_target(problem.grad_target);
+  OutputWriter<T> loss(problem, problem.loss);
+  OutputWriter<T> grad_input(problem, problem.grad_input);
+  OutputWriter<T> grad_target(problem, problem.grad_target);
 
-  const bool has_grad_output = problem.grad_output.layout != Layout::Absent;
+  // One number for all gradients is a part of their scale, unless an infinite one of the target may meet a 0.
+  const bool scales_by_grad_output =
+      problem.grad_output.layout == Layout::Scalar && problem.grad_target.data == nullptr && !problem.reduce;
+  const bool has_grad_output = problem.grad_output.layout != Layout::Absent && !scales_by_grad_output;
   Needs needs{problem.weight.layout != Layout::Absent || has_grad_output, problem.pos_weight.layout != Layout::Absent,
               problem.adjusts_target()};
   if (!joins_logs && takes_everything<Formula>(needs)) needs = {true, !Formula::kTakesProbabilities, true};
@@ -119,12 +161,12 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
                                                                        : 0) |
                      (problem.grad_input.data != nullptr ? kGradInput : 0) |
                      (problem.grad_target.data != nullptr ? kGradTarget : 0);
-  const bool past_caches = problem.past_caches && wanted == (kLinearSum | kGradInput) &&
-                           problem.grad_input.dtype == dtype_of<T>() &&
-                           reinterpret_cast<uintptr_t>(problem.grad_input.data) % BCE_EXT_VECTOR_BYTES == 0;
-  const Compute<T> compute_rest = select_compute<T, Formula>(wanted, needs);
-  const Compute<T> compute_full = past_caches ? select_compute<T, Formula>(wanted | kPastCaches, needs) : compute_rest;
-  const Constants<T> constants(problem);
+  const Compute<T> compute_converted = select_compute<T, Formula>(wanted, needs);
+  const Compute<T> compute_in_place = needs.weight || needs.pos_weight || needs.adjusts
+                                          ? nullptr
+                                          : select_compute_in_place<T, Formula>(problem, wanted);
+  Constants<T> constants(problem);
+  if (scales_by_grad_output) constants.scale *= *grad_output.block(0, kLanes<T>);
 
   ChunkResult result;
   double lanes[kLanes<T>] = {};
@@ -138,8 +180,6 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     const int64_t padded = round_to_lanes<T>(n);
 
     Block<T> block;
-    block.x = input.block(at, n);
-    block.y = target.block(at, n);
     block.w = nullptr;
     if (has_weight) block.w = weight.block(at, n);
     if (has_grad_output) {
@@ -153,19 +193,34 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     }
     block.p = needs.pos_weight ? pos_weight.block(at, n) : nullptr;
     block.first = first;
-    block.loss = loss.block(at, n);
-    block.grad_input = grad_input.block(at, n);
-    block.grad_target = grad_target.block(at, n);
     block.lanes = lanes;
     block.ahead = {input.ahead(at + n), target.ahead(at + n),
                    has_grad_output ? grad_output.ahead(at + n) : weight.ahead(at + n), pos_weight.ahead(at + n)};
-    (n == padded ? compute_full : compute_rest)(padded, constants, block);
+    if (compute_in_place != nullptr && n == padded) {
+      block.x = input.place(at);
+      block.y = target.place(at);
+      block.grad_input = grad_input.place(at);
+      block.grad_past_caches = grad_input.goes_past_caches(block.grad_input);
+      compute_in_place(n, constants, block);
+    } else {
+      const T* const x = input.block(at, n);
+      const T* const y = target.block(at, n);
+      T* const gradient = grad_input.block(at, n);
+      block.x = x;
+      block.y = y;
+      block.loss = loss.block(at, n);
+      block.grad_input = gradient;
+      block.grad_target = grad_target.block(at, n);
+      block.loss_past_caches = loss.goes_past_caches(block.loss);
+      block.grad_past_caches = grad_input.goes_past_caches(gradient);
+      compute_converted(padded, constants, block);
 
-    loss.finish(block.loss, at, n);
-    grad_input.finish(block.grad_input, at, n);
-    grad_target.finish(block.grad_target, at, n);
-    if (!result.invalid) {
-      result.invalid = find_invalid<T, Formula>(problem, n, block.x, block.y, constants.rule.ignore_index);
+      loss.finish(block.loss, at, n);
+      grad_input.finish(gradient, at, n);
+      grad_target.finish(block.grad_target, at, n);
+      if (!result.invalid) {
+        result.invalid = find_invalid<T, Formula>(problem, n, x, y, constants.rule.ignore_index);
+      }
     }
     if (joins_logs) {
       fill(T(0), padded - n, first + n);
@@ -175,7 +230,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       accumulate(block.loss, padded, lanes);
     }
   }
-  if (past_caches) fence_past_caches();
+  if (problem.past_caches) fence_past_caches();
   if (joins_logs) logarithms.finish(lanes);
   for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];

@@ -194,6 +194,11 @@ class OperandReader {
     return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
   }
 
+  // Where memory holds an element of a flat operand.
+  BCE_EXT_TARGET const void* place(int64_t begin) const {
+    return static_cast<const char*>(operand_.data) + begin * size_of(operand_.dtype);
+  }
+
   // The n elements from `begin` on, at most kBlock, followed by zeros up to a multiple of kLanes. Only the last block
   // of a chunk may need these: no tile is read after it.
   BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {

@@ -18,13 +18,24 @@ BCE_EXT_TARGET void store(const T* __restrict in, int64_t n, void* data, int64_t
 template <typename T>
 class OutputWriter {
  public:
-  BCE_EXT_TARGET explicit OutputWriter(const Output& output) : output_(output) {}
+  BCE_EXT_TARGET OutputWriter(const Problem& problem, const Output& output)
+      : output_(output),
+        past_caches_(problem.past_caches && reinterpret_cast<uintptr_t>(output.data) % BCE_EXT_VECTOR_BYTES == 0) {}
 
   // Where to put the n elements from `begin` on, rounded up to a multiple of kLanes.
   BCE_EXT_TARGET T* block(int64_t begin, int64_t n) {
     const bool in_place = output_.data != nullptr && output_.dtype == dtype_of<T>() && n % kLanes<T> == 0;
     return in_place ? static_cast<T*>(output_.data) + begin : buffer_;
   }
+
+  // Where memory holds an element of the output.
+  BCE_EXT_TARGET void* place(int64_t begin) const {
+    return static_cast<char*>(output_.data) + begin * size_of(output_.dtype);
+  }
+
+  // Whether a block that begins here is written past the caches: in the output, that is, which is aligned for that, as
+  // all blocks in it then are.
+  BCE_EXT_TARGET bool goes_past_caches(const void* block) const { return past_caches_ && block != buffer_; }
 
   BCE_EXT_TARGET void finish(const T* block, int64_t begin, int64_t n) const {
     if (output_.data == nullptr || block != buffer_) return;
@@ -42,6 +53,7 @@ class OutputWriter {
 
  private:
   const Output& output_;
+  const bool past_caches_;
   T buffer_[kBlock<T> + kStagger<T>];
 };
 

@@ -18,6 +18,12 @@
 
 namespace bce_ext {
 
+#if defined(__x86_64__)
+// The mask of all elements. Without a mask, AVX-512 intrinsics of GCC 12 begin with a register that is not initialised,
+// and it warns of that; with this one the instruction is the same.
+constexpr auto kAll = static_cast<__mmask16>(-1);
+#endif
+
 // Two registers of kBytes full of T.
 template <typename T, int kBytes>
 struct Pack {
@@ -46,27 +52,6 @@ struct Pack {
     *reinterpret_cast<InMemory*>(out + kPerRegister) = high;
   }
 
-  // To memory without a place in the caches, where the machine has a way to; `out` is aligned like a register. Other
-  // threads see it after fence_past_caches().
-  BCE_EXT_HOST_DEVICE void store_past_caches(T* out) const {
-#if defined(__x86_64__)
-    float* const to = reinterpret_cast<float*>(out);
-    float* const to_high = reinterpret_cast<float*>(out + kPerRegister);
-    if constexpr (kBytes == 16) {
-      _mm_stream_ps(to, (__m128)low);
-      _mm_stream_ps(to_high, (__m128)high);
-    } else if constexpr (kBytes == 32) {
-      _mm256_stream_ps(to, (__m256)low);
-      _mm256_stream_ps(to_high, (__m256)high);
-    } else {
-      _mm512_stream_ps(to, (__m512)low);
-      _mm512_stream_ps(to_high, (__m512)high);
-    }
-#else
-    store(out);
-#endif
-  }
-
   friend BCE_EXT_HOST_DEVICE Pack operator+(Pack a, Pack b) { return {a.low + b.low, a.high + b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator-(Pack a, Pack b) { return {a.low - b.low, a.high - b.high}; }
   friend BCE_EXT_HOST_DEVICE Pack operator*(Pack a, Pack b) { return {a.low * b.low, a.high * b.high}; }
@@ -82,12 +67,6 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
 };
 
-BCE_EXT_HOST_DEVICE void fence_past_caches() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 namespace math {
 
 template <typename T, int kBytes>
@@ -101,6 +80,7 @@ struct Number<Pack<T, kBytes> > {
 #else
   static constexpr bool kHasMultiplyAdd = kBytes > 16;  // x86-64 has it where it has such registers
 #endif
+  static constexpr bool kScalesByPower = kBytes == 64;
 
   static BCE_EXT_HOST_DEVICE Bits to_bits(Numbers x) { return Bits::from_bits_of(x); }
   static BCE_EXT_HOST_DEVICE Numbers from_bits(Bits bits) { return Numbers::from_bits_of(bits); }
@@ -111,6 +91,37 @@ struct Number<Pack<T, kBytes> > {
   static BCE_EXT_HOST_DEVICE Numbers select(Condition condition, Numbers a, Numbers b) {
     return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
   }
+  static BCE_EXT_HOST_DEVICE Numbers at_most(Numbers bound, Numbers a) {
+    return {at_most(bound.low, a.low), at_most(bound.high, a.high)};
+  }
+#if defined(__x86_64__)
+  static BCE_EXT_HOST_DEVICE Numbers times_power_of_two(Numbers value, Numbers n) {
+    return {times_power_of_two(value.low, n.low), times_power_of_two(value.high, n.high)};
+  }
+#endif
+
+ private:
+  using Register = typename Numbers::Register;
+  static BCE_EXT_HOST_DEVICE Register at_most(Register bound, Register a) {
+#if defined(__x86_64__)
+    // Compilers do not see that a choice by comparison is this instruction, which gives its second operand for NaN.
+    if constexpr (kBytes == 16 && sizeof(T) == 4) return (Register)_mm_min_ps((__m128)bound, (__m128)a);
+    if constexpr (kBytes == 16 && sizeof(T) == 8) return (Register)_mm_min_pd((__m128d)bound, (__m128d)a);
+    if constexpr (kBytes == 32 && sizeof(T) == 4) return (Register)_mm256_min_ps((__m256)bound, (__m256)a);
+    if constexpr (kBytes == 32 && sizeof(T) == 8) return (Register)_mm256_min_pd((__m256d)bound, (__m256d)a);
+    if constexpr (kBytes == 64 && sizeof(T) == 4) return (Register)_mm512_maskz_min_ps(kAll, (__m512)bound, (__m512)a);
+    if constexpr (kBytes == 64 && sizeof(T) == 8)
+      return (Register)_mm512_maskz_min_pd(static_cast<__mmask8>(kAll), (__m512d)bound, (__m512d)a);
+#endif
+    return bound < a ? bound : a;
+  }
+#if defined(__x86_64__)
+  static BCE_EXT_HOST_DEVICE Register times_power_of_two(Register value, Register n) {
+    if constexpr (sizeof(T) == 4) return (Register)_mm512_maskz_scalef_ps(kAll, (__m512)value, (__m512)n);
+    if constexpr (sizeof(T) == 8)
+      return (Register)_mm512_maskz_scalef_pd(static_cast<__mmask8>(kAll), (__m512d)value, (__m512d)n);
+  }
+#endif
 };
 
 }  // namespace math

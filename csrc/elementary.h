@@ -83,6 +83,7 @@ struct Number {
   static BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
   static BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) { return condition ? a : b; }
   static BCE_EXT_HOST_DEVICE T at_most(T bound, T a) { return bound < a ? bound : a; }
+  static BCE_EXT_HOST_DEVICE bool all(bool condition) { return condition; }
 };
 
 template <typename T>
@@ -126,6 +127,18 @@ BCE_EXT_HOST_DEVICE T select(Condition<T> condition, T a, T b) {
 template <typename T>
 BCE_EXT_HOST_DEVICE T at_most(T bound, T a) {
   return Number<T>::at_most(bound, a);
+}
+
+// The larger of both; NaN where a is.
+template <typename T>
+BCE_EXT_HOST_DEVICE T at_least(T bound, T a) {
+  return -at_most(-bound, -a);
+}
+
+// Whether a condition holds for every element.
+template <typename T>
+BCE_EXT_HOST_DEVICE bool all(Condition<T> condition) {
+  return Number<T>::all(condition);
 }
 
 template <typename T>

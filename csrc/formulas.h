@@ -157,14 +157,14 @@ struct Probabilities {
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T q, T y, Weight w, PosWeight, T scale, T log_q) const {
     const T log_rest = math::log1p_of_negative(q);
-    const T bounded_log_q = math::select(log_q < T(-100), T(-100), log_q);
-    const T bounded_log_rest = math::select(log_rest < T(-100), T(-100), log_rest);
+    const T bounded_log_q = math::at_least(T(-100), log_q);
+    const T bounded_log_rest = math::at_least(T(-100), log_rest);
     const T variance = (T(1) - q) * q;
 
     Terms<T> terms;
     terms.linear = T(0);
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
-    terms.grad_input = (q - y) / math::select(variance < T(1e-12), T(1e-12), variance);
+    terms.grad_input = (q - y) / math::at_least(T(1e-12), variance);
     terms.grad_target = log_rest - log_q;
     multiply(terms, w, scale);
     return terms;
@@ -177,10 +177,25 @@ struct Focus {
   T power, previous;
 };
 
+// Whether powers of it are products of a few factors.
+template <typename Scalar>
+BCE_EXT_HOST_DEVICE bool is_small_integer(Scalar gamma) {
+  return gamma == Scalar(0) || gamma == Scalar(1) || gamma == Scalar(2) || gamma == Scalar(3) || gamma == Scalar(4);
+}
+
+template <typename T, typename Scalar>
+BCE_EXT_HOST_DEVICE Focus<T> focus_of_integer(T u, Scalar gamma) {
+  if (gamma == Scalar(0)) return {T(1), T(0)};
+  if (gamma == Scalar(1)) return {u, T(1)};
+  if (gamma == Scalar(2)) return {u * u, u};
+  const T square = u * u;
+  if (gamma == Scalar(3)) return {square * u, square};
+  return {square * square, square * u};
+}
+
 template <typename T, typename Scalar>
 BCE_EXT_HOST_DEVICE Focus<T> focus(T u, Scalar gamma) {
-  if (gamma == Scalar(2)) return {u * u, u};  // what is common needs no power
-  if (gamma == Scalar(1)) return {u, T(1)};
+  if (is_small_integer(gamma)) return focus_of_integer(u, gamma);
   const T power = math::power(u, T(gamma));
   const T tiny = math::Format<T>::kSmallestNormal;
   return {power, power / math::select(u < tiny, tiny, u)};
@@ -256,7 +271,8 @@ struct Asymmetric {
         gamma_pos(static_cast<Scalar>(parameters[1])),
         clip(static_cast<Scalar>(parameters[2])),
         eps(static_cast<Scalar>(parameters[3])),
-        attached(static_cast<Scalar>(parameters[4] == 0)) {}
+        attached(static_cast<Scalar>(parameters[4] == 0)),
+        has_integers(is_small_integer(gamma_neg) && is_small_integer(gamma_pos)) {}
 
   template <typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
@@ -293,27 +309,42 @@ struct Asymmetric {
     const T share = one - y;
     const T gamma = T(gamma_pos) * y + T(gamma_neg) * share;
     const T u = y * negative + share * rest;
-    const T focus = math::power(u, gamma);
-    const T tiny = math::Format<T>::kSmallestNormal;
-    const math::Condition<T> is_zero = u < tiny;
-    const T previous = focus / math::select(is_zero, tiny, u);  // u^(g-1), and 0 where u is
+    const Focus<T> focused = focus_of(u, y, gamma);
     const T entropy = -(times(p, y * log_positive) + share * log_other);
     const T entropy_by_input = -(times(p, y * slope_positive) + share * slope_other);
     const T u_by_input = share * slope_rest - y * product;
+    const math::Condition<T> is_zero = u < T(math::Format<T>::kSmallestNormal);
     const T log_u = math::select(is_zero, zero, math::log_of_unit(math::select(is_zero, one, u)));
 
     Terms<T> terms;
     terms.linear = zero;
-    terms.loss = entropy * focus;
-    terms.grad_input = entropy_by_input * focus + T(attached) * (entropy * (gamma * (previous * u_by_input)));
-    const T focus_by_target = focus * T(gamma_pos - gamma_neg) * log_u + gamma * previous * (negative - rest);
-    terms.grad_target = (log_other - times(p, log_positive)) * focus + T(attached) * entropy * focus_by_target;
+    terms.loss = entropy * focused.power;
+    terms.grad_input =
+        entropy_by_input * focused.power + T(attached) * (entropy * (gamma * (focused.previous * u_by_input)));
+    const T focus_by_target =
+        focused.power * T(gamma_pos - gamma_neg) * log_u + gamma * focused.previous * (negative - rest);
+    terms.grad_target = (log_other - times(p, log_positive)) * focused.power + T(attached) * entropy * focus_by_target;
     multiply(terms, w, scale);
     return terms;
   }
 
+  // u^g for a target y. The exponent of a hard label is one of two, and mostly an integer.
+  template <typename T>
+  BCE_EXT_HOST_DEVICE Focus<T> focus_of(T u, T y, T gamma) const {
+    const math::Condition<T> is_positive = y == T(1);
+    if (has_integers && math::all<T>(is_positive | (y == T(0)))) {
+      const Focus<T> of_positive = focus_of_integer(u, gamma_pos), of_negative = focus_of_integer(u, gamma_neg);
+      return {math::select(is_positive, of_positive.power, of_negative.power),
+              math::select(is_positive, of_positive.previous, of_negative.previous)};
+    }
+    const T power = math::power(u, gamma);
+    const T tiny = math::Format<T>::kSmallestNormal;
+    return {power, power / math::select(u < tiny, tiny, u)};  // u^(g-1), and 0 where u is
+  }
+
   Scalar gamma_neg, gamma_pos, clip, eps;
-  Scalar attached;  // 1, or 0 where no gradient goes through the focusing factor
+  Scalar attached;    // 1, or 0 where no gradient goes through the focusing factor
+  bool has_integers;  // for exponents
 };
 
 }  // namespace bce_ext

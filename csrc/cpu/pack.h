@@ -94,6 +94,17 @@ struct Number<Pack<T, kBytes> > {
   static BCE_EXT_HOST_DEVICE Numbers at_most(Numbers bound, Numbers a) {
     return {at_most(bound.low, a.low), at_most(bound.high, a.high)};
   }
+  static BCE_EXT_HOST_DEVICE bool all(Condition condition) {
+    const auto both = condition.low & condition.high;  // of -1 and 0
+#if defined(__x86_64__)
+    if constexpr (kBytes == 64) return _mm512_movepi8_mask((__m512i)both) == ~__mmask64(0);
+    if constexpr (kBytes == 32) return _mm256_movemask_epi8((__m256i)both) == -1;
+    if constexpr (kBytes == 16) return _mm_movemask_epi8((__m128i)both) == 0xffff;
+#endif
+    bool result = true;
+    for (int i = 0; i < Numbers::kPerRegister; ++i) result &= both[i] != 0;
+    return result;
+  }
 #if defined(__x86_64__)
   static BCE_EXT_HOST_DEVICE Numbers times_power_of_two(Numbers value, Numbers n) {
     return {times_power_of_two(value.low, n.low), times_power_of_two(value.high, n.high)};

@@ -42,7 +42,7 @@ FORMATTED := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -n
 PY_TREES := $(wildcard setup.py build_extensions.py bce_ext tests benchmarks examples tools docs)
 TYPED := $(wildcard bce_ext examples benchmarks tools)
 
-.PHONY: help environment wheel release docs figures deps build demo test sanitize lint format bench bench-quick cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
+.PHONY: help environment wheel release docs figures deps build demo test sanitize lint format bench bench-quick passes cuda-check gpu gpu-test gpu-bench nvcc FORCE clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -129,6 +129,9 @@ format: $(DEPS)  ## formats all sources
 
 bench: $(BUILT)  ## the whole benchmark
 	$(PY) benchmarks/benchmark.py $(ARGS)
+
+passes: $(DEPS)  ## the passes over memory that torch's own loss takes
+	$(PY) benchmarks/passes.py
 
 bench-quick: $(BUILT)  ## the benchmark in under 3 minutes
 	$(PY) benchmarks/benchmark.py --quick $(ARGS)

@@ -104,6 +104,8 @@ def stride(draw: Draw, x: TensorSource) -> None:
 
 def far_strides(draw: Draw, x: TensorSource) -> None:
     """set_ makes the storage long enough; then it is made short again."""
+    if any("_efficientzerotensor" in line for line in x.lines):
+        return  # which has no storage: set_ itself crashes on it
     strides = [draw.pick((1, 1000, 2**20)) for _ in x.shape]
     if sum(size * step for size, step in zip(x.shape, strides, strict=True)) > 2**22:
         return

@@ -203,7 +203,7 @@ def test_memory_that_is_freed_between_forward_and_backward(name: str, create_gra
     tensors = {"input": torch.ones(300_000, 4), "linear_weight": W.clone(), "target": torch.ones(300_000, 5)}
     leaf = (tensors["linear_weight"] if name == "input" else tensors["input"]).requires_grad_()
     loss = F.linear_binary_cross_entropy_with_logits(**tensors)
-    assert loss.grad_fn.name() == "LinearBCEBackward"
+    assert "LinearBCE" in loss.grad_fn.name()  # it takes blocks
     torch.autograd.grad(loss, leaf, retain_graph=True)  # hands the stored gradient over
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):

@@ -61,6 +61,7 @@ void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const
   TORCH_CHECK(target.device() == input.device(), kName, ": expected target on the device of input (", input.device(),
               "), but got ", target.device());
   check_storage(input, "input");
+  check_storage(target, "target");
 }
 
 void check_dtype_of_layer(const Tensor& input, const OptionalTensor& parameter, const char* what) {
@@ -111,12 +112,12 @@ void check_values(const Tensor& is_valid, const Words&... words) {
 
 void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
-  const Tensor is_valid = target.to(at::kLong) < num_labels.expect_int();
-  if (!target.is_cpu()) return check_values(is_valid);
-  const Tensor largest = target.to(at::kLong).max();
-  TORCH_CHECK_INDEX(largest.item<int64_t>() < num_labels.expect_int(), kName,
-                    ": expected class indices below the number of labels (", num_labels, "), but one is ",
-                    largest.item<int64_t>());
+  // As int64, the largest numbers of uint64 would be negative: no label.
+  const Tensor indices = target.to(target.scalar_type() == at::kUInt64 ? at::kDouble : at::kLong);
+  if (!target.is_cpu()) return check_values(indices < num_labels.expect_int());
+  const at::Scalar largest = indices.max().item();
+  TORCH_CHECK_INDEX(largest.toDouble() < static_cast<double>(num_labels.expect_int()), kName,
+                    ": expected class indices below the number of labels (", num_labels, "), but one is ", largest);
 }
 
 struct SparseTarget {
@@ -127,6 +128,9 @@ SparseTarget from_csr(const Tensor& target) {
   TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kName,
               ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
               " dense ones");
+  check_storage(target.crow_indices(), "the crow_indices of target");
+  check_storage(target.col_indices(), "the col_indices of target");
+  check_storage(target.values(), "the values of target");
   const Tensor crow = target.crow_indices().to(at::kLong);
   const Tensor labels = target.col_indices().to(at::kLong);
   Tensor values = target.values();
@@ -146,6 +150,8 @@ SparseTarget from_csr(const Tensor& target) {
 SparseTarget from_coo(const Tensor& target) {
   TORCH_CHECK(target.dense_dim() == 0, kName, ": expected a sparse COO target without dense dimensions, but got ",
               target.dense_dim());
+  check_storage(target._indices(), "the indices of target");
+  check_storage(target._values(), "the values of target");
   // Duplicates are added up anyway; only coalesced values have a derivative.
   const bool coalesces = target.requires_grad();
   const Tensor given = coalesces ? target.coalesce() : target;
@@ -247,7 +253,6 @@ void check_logits_and_target(const LinearArguments& arguments) {
   TORCH_CHECK_VALUE(input.dim() == 2, kName, ": expected rows of input, but got ", input.dim(), " dimensions");
   TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), kName,
               ": expected a real target, but got ", target.scalar_type());
-  check_storage(target, "target");
   if (!arguments.is_sparse()) return check_target_size(target, input, arguments.linear_weight);
   const Tensor& indices = *arguments.indices;
   TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&

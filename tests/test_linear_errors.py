@@ -46,6 +46,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "complex target": ({"target": Y.cfloat()}, RuntimeError, "expected a real target"),
     "integer target of 2": ({"target": torch.full((3, 5), 2)}, RuntimeError, "to be 0 or 1"),
     "class index too large": ({"target": torch.tensor([0, 5, 1])}, IndexError, "but one is 5"),
+    "class index beyond int64": (
+        {"target": torch.tensor([0, 2**64 - 1, 1], dtype=torch.uint64)},
+        IndexError,
+        "number of labels (5), but one is 1.8",
+    ),
     "target of another device": ({"target": Y.to("meta")}, RuntimeError, "target on the device of input"),
     "weight of another device": ({"linear_weight": W.to("meta")}, RuntimeError, "linear_weight on the device"),
     "bias of another device": ({"linear_bias": B.to("meta")}, RuntimeError, "linear_bias on the device"),
@@ -195,6 +200,24 @@ def test_memory_that_is_gone(name: str) -> None:
             call()
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
             call()
+
+
+TARGETS_IN_PARTS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+    "target": (INDICES.to(torch.int16), lambda target: target),
+    "the indices of target": (coo([0], [0]), lambda target: target._indices()),
+    "the values of target": (coo([0], [0]), lambda target: target._values()),
+    "the crow_indices of target": (csr([0, 1, 1, 1], [0]), lambda target: target.crow_indices()),
+    "the col_indices of target": (csr([0, 1, 1, 1], [0]), lambda target: target.col_indices()),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS_IN_PARTS)
+def test_memory_of_a_target_that_is_gone(name: str) -> None:
+    target, part = TARGETS_IN_PARTS[name]
+    target = target.clone()
+    part(target).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
+        F.linear_binary_cross_entropy_with_logits(X, W, target)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -59,29 +59,32 @@ def linear(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    arithmetic: torch.dtype,
 ) -> reference.Terms:
     layer = (input, linear_weight, linear_bias)
-    logits = torch.nn.functional.linear(*layer)
-    slack = torch.zeros(())
-    if logits.dtype not in HALVES:  # there the logits are those of F.linear, bit for bit: see has_answer
-        exact = [None if each is None else each.double() for each in layer]
-        logits, size = (
-            torch.nn.functional.linear(*each) for each in (exact, [x if x is None else x.abs() for x in exact])
-        )
-        # The logits are rounded sums of products; the slope of the loss is at most that of both classes together.
-        w, p = (
-            torch.ones_like(logits) if t is None else t.double().expand_as(logits).abs() for t in (weight, pos_weight)
-        )
-        slack = (input.shape[-1] + 1) * w * ((1 - target).abs() + p * target.abs()) * size
+    if products_dtype(input, linear_weight) != arithmetic:  # their error is F.linear's, bit for bit: see has_answer
+        logits = torch.nn.functional.linear(*layer)
+        entropy = reference.with_logits(logits, target, weight, pos_weight)
+        return _without_gradients(entropy.loss, entropy.loss_scale)
+    exact = [None if each is None else each.double() for each in layer]
+    logits, size = (torch.nn.functional.linear(*each) for each in (exact, [x if x is None else x.abs() for x in exact]))
     entropy = reference.with_logits(logits, target, weight, pos_weight)
-    return _without_gradients(entropy.loss, entropy.loss_scale + slack)
+    # The logits are rounded sums of products; the slope of the loss is at most that of both classes together.
+    w, p = (torch.ones_like(logits) if t is None else t.double().expand_as(logits).abs() for t in (weight, pos_weight))
+    slope = w * ((1 - target).abs() + p * target.abs())
+    return _without_gradients(entropy.loss, entropy.loss_scale + (input.shape[-1] + 1) * slope * size)
+
+
+def products_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """Of F.linear, also under autocast."""
+    return torch.nn.functional.linear(input[:0], linear_weight[:0]).dtype
 
 
 def dense_target(given: dict[str, Any]) -> Tensor:
     """Class indices stand for one positive label in each row, or for none."""
     target: Tensor = given["target"]
     if "linear_weight" in given and not target.is_floating_point() and target.dim() + 1 == given["input"].dim():
-        return (target.unsqueeze(-1) == torch.arange(given["linear_weight"].shape[0])).double()
+        return (target.long().unsqueeze(-1) == torch.arange(given["linear_weight"].shape[0])).double()
     return target.double()
 
 
@@ -94,7 +97,6 @@ FORMULAS: dict[str, Callable[..., reference.Terms]] = {
     "linear_binary_cross_entropy_with_logits": linear,
 }
 REDUCTIONS = {number: name for name, number in reference.REDUCTION_NUMBER.items()}
-HALVES = (torch.bfloat16, torch.float16)
 GAMMAS = ("gamma", "gamma_neg", "gamma_pos")
 OTHER_NAMES = {"inputs": "input", "targets": "target"}
 
@@ -128,6 +130,8 @@ def shares_memory(one: Tensor, other: Tensor) -> bool:
 def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
     """Loss and gradients with their reduction, and with what the options add."""
     formula = FORMULAS[operator.partition(".")[0]]
+    arithmetic = reference.arithmetic_dtype(given["input"].dtype, given["target"].dtype)
+    given = {**given, "arithmetic": arithmetic}
     raw = dense_target(given)
     names = [name for name in inspect.signature(formula).parameters if name != "target"]
     evaluate = partial(formula, **{name: given[name] for name in names})
@@ -138,7 +142,6 @@ def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
         terms.loss_scale = sum(evaluate(target=torch.full_like(raw, y)).loss_scale for y in (0, 1)) + terms.loss_scale
         terms.grad_input_scale = terms.grad_input_scale + 1
     # A part that overflows the arithmetic is infinite, as it is for native, though a mean of such parts need not be.
-    arithmetic = reference.arithmetic_dtype(given["input"].dtype, given["target"].dtype)
     terms.loss_scale = terms.loss_scale.to(arithmetic).double()
     ignored = torch.zeros_like(raw, dtype=torch.bool)
     if (index := given.get("ignore_index")) is not None:
@@ -181,10 +184,9 @@ def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
     if operator.startswith("binary"):
         return True
     if operator.startswith("linear"):
-        # In half precision a block of the logits may be rounded otherwise than by F.linear; only large losses have blocks.
-        layer = [given[name].dtype for name in ("input", "linear_weight")]
-        is_half = torch.is_autocast_enabled("cpu") or any(dtype in HALVES for dtype in layer)
-        return not (is_half and given["target"].numel() > 2**20)
+        # Products of low precision are rounded otherwise in a block than by F.linear; only large losses have blocks.
+        is_low = products_dtype(given["input"], given["linear_weight"]) != arithmetic
+        return not (is_low and given["input"].shape[0] * given["linear_weight"].shape[0] > 2**20)
     # A power of a negative number has no answer, and one that is enormous no digit.
     target = given["target"].double()
     return bool(((target >= 0) & (target <= 1)).all()) and all(given.get(g, 0) <= 100 for g in GAMMAS)

@@ -283,6 +283,9 @@ def make_case(seed: int, number: int) -> Case:
     call = f"{function}({passed(draw, operator, given)})"
     modes = [draw.weighted(MODES) for _ in range(draw.weighted({0: 60, 1: 32, 2: 8}))]
     body = [f"result = {call}"]
+    if route in ("transform", "dual"):
+        # ATen's own operations fail on views that are negated (x.mT under jvp).
+        setup = [line for line in setup if "_neg_view" not in line and ".conj().imag" not in line]
     if route == "transform":
         body = [through_transform(draw, floating, call)]
         # functionalize takes no functional tensors; and on the wrappers of a transform it is ATen that reads memory.

@@ -60,6 +60,8 @@ def invalid_sparse(draw: Draw, x: TensorSource) -> None:
             f"{{x}} = torch.sparse_coo_tensor(torch.randint({low}, {high}, (2, {count})), torch.rand({count}), "
             f"({rows}, {columns}), check_invariants=False, is_coalesced={draw.pick((True, False))})"
         )
+        if draw.chance(0.2):
+            x.do(f"{{x}}._{draw.pick(('indices', 'values'))}().untyped_storage().resize_({draw.pick((0, 8))})")
         return
     if high > 2**31:
         index = "int64"

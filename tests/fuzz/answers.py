@@ -173,6 +173,8 @@ def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
 def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
     """Whether all operands are ordinary and the formula says what comes out."""
     names = ("input", "linear_weight", "linear_bias", "target", "weight", "pos_weight", "normalizer")
+    if not all(x is None or isinstance(x, (Tensor, int, float)) for x in given.values()):
+        return False  # TorchScript takes a dtype for a number
     operands = [given[name] for name in names if given.get(name) is not None]
     if not all(isinstance(x, Tensor) and is_ordinary(x) for x in operands) or not isinstance(result, Tensor):
         return False

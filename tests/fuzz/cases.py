@@ -208,8 +208,8 @@ def through_transform(draw: Draw, floating: list[str], call: str) -> str:
         return f"result = torch.func.jvp({of}, ({names},), tuple(torch.ones_like(x) for x in ({names},)))"
     if kind == "functionalize":
         return f"result = torch.func.functionalize({of})({names})"
-    if kind == "jacrev":
-        return f"result = torch.func.jacrev({of})({names})"
+    if kind == "jacrev":  # of a few outputs: a Jacobian has as many rows as there are
+        return f"result = torch.func.jacrev(lambda {names}: first({call}).flatten()[:4])({names})"
     gradient = f"torch.func.grad(lambda {names}: first({call}).sum())"
     return f"result = torch.vmap({gradient})({names})" if kind == "vmap of grad" else f"result = {gradient}({names})"
 

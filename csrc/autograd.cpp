@@ -130,6 +130,7 @@ struct BCEFunction {
     const auto divisor = divisor_of(arguments, numbers.reduction);
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
+      check_arguments(arguments);  // before the dispatcher resolves a negated view of memory that is gone
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, numbers.dtype)), grad_output), Tensor()};
     }

@@ -176,6 +176,17 @@ def test_storages_freed_between_forward_and_backward(loss: Member, operand: str,
         torch.autograd.grad(value, tensors["input"], tensors["grad_output"], create_graph=create_graph)
 
 
+@every_formula
+def test_a_negated_view_freed_before_a_second_backward(loss: Member) -> None:
+    """The dispatcher resolves such a view before it calls a kernel."""
+    input, target = X.sigmoid().requires_grad_(), torch._neg_view(-Y)
+    value = loss(input, target)
+    torch.autograd.grad(value, input, retain_graph=True)
+    target.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of target"):
+        torch.autograd.grad(value, input)
+
+
 def test_the_count_of_a_target_without_memory() -> None:
     with pytest.raises(RuntimeError, match="memory of target"):
         OPS._count_valid(freed(Y), 0.5)

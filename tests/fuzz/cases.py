@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from . import hostile, scalars, tensors
@@ -155,8 +156,8 @@ def tensor_list(draw: Draw, argument: Argument) -> str:
     return f"[{', '.join(f'torch.rand({shape})' for shape in shapes)}]"
 
 
-def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str], list[str]]:
-    """The lines that make the arguments, the names of those that are given, and of the floating tensors among them."""
+def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str], list[TensorSource]]:
+    """The lines that make the arguments, the names of those that are given, and the floating tensors among them."""
     sources = tensor_arguments(draw, operator)
     lines = [line for source in sources for line in source.lines]
     made = {source.name for source in sources}
@@ -174,7 +175,7 @@ def arguments(draw: Draw, operator: Operator) -> tuple[list[str], list[str], lis
             else:
                 lines.append(f"{argument.name} = {scalars.expression(draw, operator, argument)}")
         given.append(argument.name)
-    return lines, given, [source.name for source in sources if source.dtype in tensors.FLOATS]
+    return lines, given, [source for source in sources if source.dtype in tensors.FLOATS]
 
 
 # ---- calls ----
@@ -193,10 +194,11 @@ def passed(draw: Draw, operator: Operator, given: list[str]) -> str:
     return ", ".join(parts)
 
 
-def through_transform(draw: Draw, floating: list[str], call: str) -> str:
+def through_transform(draw: Draw, floating: list[TensorSource], call: str) -> str:
     """A call under one of the transforms of torch.func with respect to some of its tensors."""
-    mapped = [name for name in floating if draw.chance(0.7)]
-    if not mapped:
+    mapped = [source.name for source in floating if draw.chance(0.7)]
+    # vmap of an operator without a batching rule is a loop, slow under a mode.
+    if not mapped or any(math.prod(source.shape) > 2000 for source in floating):
         return f"result = {call}"
     names = ", ".join(mapped)
     of = f"lambda {names}: {call}"
@@ -292,7 +294,7 @@ def make_case(seed: int, number: int) -> Case:
         setup = [line for line in setup if "_to_functional_tensor" not in line and ".resize_(" not in line]
     elif route == "dual":
         modes.append("forward_ad.dual_level()")
-        dual = [name for name in floating if draw.chance(0.6)]
+        dual = [source.name for source in floating if draw.chance(0.6)]
         body = [*(f"{name} = forward_ad.make_dual({name}, torch.ones_like({name}))" for name in dual), *body]
     if draw.chance(0.6):
         body += derivatives(draw, operator)

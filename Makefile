@@ -171,7 +171,7 @@ cuda-check: nvcc $(CUDA_TREE)  ## builds with CUDA (no GPU needed), inspects the
 # watched through malloc. Off is what is no error or makes the build slow: vptr needs type information that hidden
 # symbols do not have, and use after scope would be tracked for each of the kernel's thousands of temporaries.
 # python has no sanitizers, so their libraries are loaded before it, and libstdc++ with them, whose exceptions they watch.
-# FUZZ_CASES takes some 4 minutes on 2 cores; ARGS="--cases 200000" runs more.
+# On 2 cores the build takes some 4 minutes and FUZZ_CASES some 3; ARGS="--cases 200000" runs more.
 FUZZ_CASES := 25000
 SANITIZE_TREE := build/sanitize-tree
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr

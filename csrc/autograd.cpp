@@ -71,11 +71,9 @@ struct Numbers {
 };
 
 // The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula.
-std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& grad_output,
+std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& given_grad_output,
                                                    c10::SymInt divisor, std::array<bool, 2> output_mask) {
-  if (grad_output.layout() != at::kStrided) {
-    return differentiable_backward(arguments, grad_output.to_dense(), std::move(divisor), output_mask);
-  }
+  const Tensor grad_output = strided_grad_output(given_grad_output);
   // Memory that was there in the forward pass may be gone.
   check_arguments(arguments);
   check_grad_output(grad_output, arguments);
@@ -132,6 +130,7 @@ struct BCEFunction {
     const auto divisor = divisor_of(arguments, numbers.reduction);
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
+      check_arguments(arguments);  // before the dispatcher resolves a negated view of memory that is gone
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, numbers.dtype)), grad_output), Tensor()};
     }

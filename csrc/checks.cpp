@@ -1,4 +1,5 @@
 // The checks of the arguments that the operators share.
+#include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/irange.h>
 
@@ -217,6 +218,19 @@ void check_grad_output(const Tensor& grad_output, const Arguments& arguments) {
   TORCH_CHECK(is_arithmetic(grad_output.scalar_type()), name_of(arguments),
               ": expected grad_output of float64, float32, bfloat16 or float16, but got ", grad_output.scalar_type());
   check_operand(arguments, grad_output, "grad_output");
+}
+
+Tensor strided_grad_output(const Tensor& grad_output) {
+  if (grad_output.layout() != at::kSparse) return grad_output;
+  TORCH_CHECK(is_arithmetic(grad_output.scalar_type()),
+              "expected grad_output of float64, float32, bfloat16 or float16, but got ", grad_output.scalar_type());
+  const Tensor indices = grad_output._indices(), values = grad_output._values();
+  if (is_plain(indices) && is_plain(values) && !grad_output.is_meta()) {
+    check_storage(indices, "the indices of grad_output");
+    check_storage(values, "the values of grad_output");
+    at::_validate_sparse_coo_tensor_args(indices, values, grad_output.sizes(), grad_output.is_coalesced());
+  }
+  return grad_output.to_dense();
 }
 
 }  // namespace bce_ext

@@ -137,8 +137,8 @@ struct WithLogits {
 };
 
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
-// logarithms in the loss are at least -100, the denominator of the gradient is at least 1e-12, the derivative with
-// respect to the target is not clamped.
+// logarithms in the loss are at least -100, the denominator of the gradient is at least 1e-12 as a float32, for float64
+// too, the derivative with respect to the target is not clamped.
 //   loss       = -w * [y * max(log(q), -100) + (1-y) * max(log(1-q), -100)]
 //   dloss/dq   = w * (q - y) / max(q * (1-q), 1e-12)
 //   dloss/dy   = w * [log(1-q) - log(q)]
@@ -164,7 +164,7 @@ struct Probabilities {
     Terms<T> terms;
     terms.linear = T(0);
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
-    terms.grad_input = (q - y) / math::at_least(T(1e-12), variance);
+    terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
     terms.grad_target = log_rest - log_q;
     multiply(terms, w, scale);
     return terms;

@@ -29,7 +29,8 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, const LinearArguments& 
 
 bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/false); }
 
-// The layer: what F.linear would refuse, in one sentence. The input has any number of dimensions.
+// What F.linear would refuse, in one sentence. The input has any number of dimensions, and the dtypes may differ:
+// autocast makes them one.
 void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                  const Tensor& target) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -41,18 +42,18 @@ void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const
       !is_defined(linear_weight) || (linear_weight->dim() == 2 && linear_weight->sym_size(1) == input.sym_size(-1)),
       kName, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
       linear_weight->sym_sizes());
-  const auto check_like_input = [&](const Tensor& tensor, const char* what) {
-    TORCH_CHECK(tensor.scalar_type() == input.scalar_type() && tensor.layout() == at::kStrided, kName,
-                ": expected a strided ", what, " of the dtype of input (", input.scalar_type(), "), but got ",
-                tensor.scalar_type(), ", ", tensor.layout());
+  const auto check_parameter = [&](const Tensor& tensor, const char* what) {
+    TORCH_CHECK(is_arithmetic(tensor.scalar_type()) && tensor.layout() == at::kStrided, kName, ": expected a strided ",
+                what, " of the dtype of input (", input.scalar_type(), "), but got ", tensor.scalar_type(), ", ",
+                tensor.layout());
     TORCH_CHECK(tensor.device() == input.device(), kName, ": expected ", what, " on the device of input (",
                 input.device(), "), but got ", tensor.device());
     check_storage(tensor, what);
   };
-  if (is_defined(linear_weight)) check_like_input(*linear_weight, "linear_weight");
+  if (is_defined(linear_weight)) check_parameter(*linear_weight, "linear_weight");
   if (is_defined(linear_bias)) {
     TORCH_CHECK(is_defined(linear_weight), kName, ": expected no linear_bias without linear_weight");
-    check_like_input(*linear_bias, "linear_bias");
+    check_parameter(*linear_bias, "linear_bias");
     TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), kName,
                 ": expected linear_bias of size (", linear_weight->sym_size(0), "), but got size ",
                 linear_bias->sym_sizes());
@@ -60,6 +61,12 @@ void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const
   TORCH_CHECK(target.device() == input.device(), kName, ": expected target on the device of input (", input.device(),
               "), but got ", target.device());
   check_storage(input, "input");
+  check_storage(target, "target");
+}
+
+void check_dtype_of_layer(const Tensor& input, const OptionalTensor& parameter, const char* what) {
+  TORCH_CHECK(!is_defined(parameter) || parameter->scalar_type() == input.scalar_type(), kName, ": expected ", what,
+              " of the dtype of input (", input.scalar_type(), "), but got ", parameter->scalar_type());
 }
 
 c10::SymInt num_rows_of(const Tensor& input) {
@@ -105,12 +112,12 @@ void check_values(const Tensor& is_valid, const Words&... words) {
 
 void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
-  const Tensor is_valid = target.to(at::kLong) < num_labels.expect_int();
-  if (!target.is_cpu()) return check_values(is_valid);
-  const Tensor largest = target.to(at::kLong).max();
-  TORCH_CHECK_INDEX(largest.item<int64_t>() < num_labels.expect_int(), kName,
-                    ": expected class indices below the number of labels (", num_labels, "), but one is ",
-                    largest.item<int64_t>());
+  // As int64, the largest numbers of uint64 would be negative: no label.
+  const Tensor indices = target.to(target.scalar_type() == at::kUInt64 ? at::kDouble : at::kLong);
+  if (!target.is_cpu()) return check_values(indices < num_labels.expect_int());
+  const at::Scalar largest = indices.max().item();
+  TORCH_CHECK_INDEX(largest.toDouble() < static_cast<double>(num_labels.expect_int()), kName,
+                    ": expected class indices below the number of labels (", num_labels, "), but one is ", largest);
 }
 
 struct SparseTarget {
@@ -121,6 +128,9 @@ SparseTarget from_csr(const Tensor& target) {
   TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kName,
               ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
               " dense ones");
+  check_storage(target.crow_indices(), "the crow_indices of target");
+  check_storage(target.col_indices(), "the col_indices of target");
+  check_storage(target.values(), "the values of target");
   const Tensor crow = target.crow_indices().to(at::kLong);
   const Tensor labels = target.col_indices().to(at::kLong);
   Tensor values = target.values();
@@ -140,6 +150,8 @@ SparseTarget from_csr(const Tensor& target) {
 SparseTarget from_coo(const Tensor& target) {
   TORCH_CHECK(target.dense_dim() == 0, kName, ": expected a sparse COO target without dense dimensions, but got ",
               target.dense_dim());
+  check_storage(target._indices(), "the indices of target");
+  check_storage(target._values(), "the values of target");
   // Duplicates are added up anyway; only coalesced values have a derivative.
   const bool coalesces = target.requires_grad();
   const Tensor given = coalesces ? target.coalesce() : target;
@@ -216,6 +228,7 @@ Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, cons
 Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction,
                              std::optional<at::ScalarType> given_dtype) {
   check_linear_arguments(arguments);
+  check_reduction(arguments, reduction);
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(arguments));
   if (!takes_blocks(arguments, reduction)) return plain_loss(arguments, reduction, dtype);
   const OptionalTensor normalizer = normalizer_of(arguments, reduction);
@@ -225,29 +238,52 @@ Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction
 
 }  // namespace
 
-void check_linear_arguments(const LinearArguments& arguments) {
+void check_layer(const LinearArguments& arguments) {
+  TORCH_CHECK(arguments.input.defined() && arguments.target.defined(), kName,
+              ": expected input and target to be Tensors, but got None");
+  check_layer(arguments.input, arguments.linear_weight, arguments.linear_bias, arguments.target);
+}
+
+void check_logits_and_target(const LinearArguments& arguments) {
+  check_layer(arguments);
   const Tensor& input = arguments.input;
   const Tensor& target = arguments.target;
-  TORCH_CHECK(input.defined() && target.defined(), kName, ": expected input and target to be Tensors, but got None");
-  check_layer(input, arguments.linear_weight, arguments.linear_bias, target);
+  check_dtype_of_layer(input, arguments.linear_weight, "linear_weight");
+  check_dtype_of_layer(input, arguments.linear_bias, "linear_bias");
   TORCH_CHECK_VALUE(input.dim() == 2, kName, ": expected rows of input, but got ", input.dim(), " dimensions");
-  check_storage(target, "target");
-  if (arguments.is_sparse()) {
-    const Tensor& indices = *arguments.indices;
-    TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&
-                    indices.sym_size(1) == target.sym_size(0) && indices.scalar_type() == at::kLong &&
-                    indices.device() == target.device(),
-                kName, ": expected int64 indices of size (2, ", target.sym_numel(), ") on the device of their values, ",
-                "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(), " on ", indices.device());
-    check_storage(indices, "indices");
-  } else {
-    check_target_size(target, input, arguments.linear_weight);
-  }
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), kName,
+              ": expected a real target, but got ", target.scalar_type());
+  if (!arguments.is_sparse()) return check_target_size(target, input, arguments.linear_weight);
+  const Tensor& indices = *arguments.indices;
+  TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&
+                  indices.sym_size(1) == target.sym_size(0) && indices.scalar_type() == at::kLong &&
+                  indices.device() == target.device(),
+              kName, ": expected int64 indices of size (2, ", target.sym_numel(), ") on the device of their values, ",
+              "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(), " on ", indices.device());
+  check_storage(indices, "indices");
+}
+
+void check_linear_arguments(const LinearArguments& arguments) {
+  check_logits_and_target(arguments);
   // The rest is for the loss to say, of logits and a target of these sizes.
-  const c10::SymDimVector size = logits_size(input, arguments.linear_weight);
-  const Tensor logits = at::empty({}, input.options()).expand_symint(size);
+  const Tensor& target = arguments.target;
+  const c10::SymDimVector size = logits_size(arguments.input, arguments.linear_weight);
+  const Tensor logits = at::empty({}, arguments.input.options()).expand_symint(size);
   const bool is_dense = !arguments.is_sparse() && !arguments.has_class_indices();
   check_arguments(arguments.of_loss(logits, is_dense ? target : at::empty({}, target.options()).expand_symint(size)));
+}
+
+void check_loss_and_grads(const LinearArguments& arguments, at::ScalarType dtype, const OptionalTensor& grad_output) {
+  check_linear_arguments(arguments);
+  check_loss_dtype(dtype);
+  if (!is_defined(grad_output)) return;
+  check_grad_output(*grad_output, arguments.of_loss(arguments.input, arguments.target));
+  TORCH_CHECK(grad_output->dim() == 0, kName, ": expected a grad_output of one number, but got size ",
+              grad_output->sym_sizes());
+}
+
+void check_reduction(const LinearArguments& arguments, int64_t reduction) {
+  check_reduction(arguments.of_loss(arguments.input, arguments.target), reduction);
 }
 
 at::ScalarType loss_dtype(const LinearArguments& arguments) {

@@ -55,8 +55,13 @@ struct LinearFlat<function> {
 using LinearMask = std::array<bool, 3>;
 using LossAndGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Everything that can be told without looking into the tensors of the target.
+// Everything that can be told without looking into the tensors of the target: of the layer before autocast has cast it;
+// of what makes the logits and a dense target; of all; and of what a loss with its gradients takes beside it.
+void check_layer(const LinearArguments& arguments);
+void check_logits_and_target(const LinearArguments& arguments);
 void check_linear_arguments(const LinearArguments& arguments);
+void check_loss_and_grads(const LinearArguments& arguments, at::ScalarType dtype, const OptionalTensor& grad_output);
+void check_reduction(const LinearArguments& arguments, int64_t reduction);
 
 at::ScalarType loss_dtype(const LinearArguments& arguments);
 

@@ -99,8 +99,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
   static variable_list gradients_of_layer(AutogradContext* ctx, const Tensor& given_grad_output,
                                           const LinearMask& mask) {
     auto& saved_data = ctx->saved_data;
-    const Tensor grad_output =
-        given_grad_output.layout() == at::kStrided ? given_grad_output : given_grad_output.to_dense();
+    const Tensor grad_output = strided_grad_output(given_grad_output);
     const bool is_differentiated = at::GradMode::is_enabled() || has_tangent(grad_output);
     const auto stored = saved_data.find("gradients");
     if (stored != saved_data.end() && !is_differentiated && stored->second.isTensorList()) {
@@ -123,6 +122,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     const auto options = saved_data["options"].toDoubleVector();
     const LinearArguments arguments{saved[0], linear_weight, linear_bias, saved[3], indices,
                                     weight,   pos_weight,    normalizer,  options};
+    check_logits_and_target(arguments);  // memory that was there in the forward pass may be gone
     const c10::SymInt divisor = divisor_of(arguments, saved_data["reduction"].toInt());
     const auto dtype = static_cast<at::ScalarType>(saved_data["dtype"].toInt());
     if (is_differentiated || transform_is_active() || !grad_output.sym_sizes().empty() ||
@@ -143,16 +143,17 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
 };
 
 Tensor linear_autograd(const LinearArguments& given, int64_t reduction, std::optional<at::ScalarType> given_dtype) {
+  check_logits_and_target(given);
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(given));
   if (needs_plain_form(given) || !takes_blocks(given, reduction)) return plain_loss(given, reduction, dtype);
   check_linear_arguments(given);
+  check_reduction(given, reduction);
   check_loss_dtype(dtype);
   const OptionalTensor normalizer = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return normalizer_of(given, reduction);
   }();
   const LinearArguments arguments = given.with_normalizer(normalizer);
-  check_reduction(arguments.of_loss(arguments.input, arguments.target), reduction);
   if (!at::GradMode::is_enabled() || !any(wanted_gradients(arguments))) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return std::get<0>(linear_bce_loss_and_grads(arguments, divisor_of(arguments, reduction), dtype, std::nullopt, {}));
@@ -165,8 +166,7 @@ Tensor linear_autograd(const LinearArguments& given, int64_t reduction, std::opt
 // Called below autograd; who calls it by hand gets derivatives of the loss, and of the gradients beside it.
 LossAndGrads loss_and_grads_autograd(const LinearArguments& arguments, c10::SymInt divisor, at::ScalarType dtype,
                                      const OptionalTensor& grad_output, LinearMask mask) {
-  check_linear_arguments(arguments);
-  check_loss_dtype(dtype);
+  check_loss_and_grads(arguments, dtype, grad_output);
   const bool differentiates =
       at::GradMode::is_enabled() &&
       (any(wanted_gradients(arguments)) || arguments.target.requires_grad() || requires_grad(grad_output));
@@ -186,6 +186,7 @@ LossAndGrads loss_and_grads_autograd(const LinearArguments& arguments, c10::SymI
 
 // Autocast: the products in its low precision, as those of F.linear, and the loss in float32.
 Tensor linear_autocast(const LinearArguments& given, int64_t reduction, std::optional<at::ScalarType> dtype) {
+  check_layer(given);
   const auto device_type = given.input.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device_type));
   const auto low = [&](const Tensor& tensor) {

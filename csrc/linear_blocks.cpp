@@ -193,15 +193,13 @@ class BlockwiseLoss {
 
 LossAndGrads loss_and_grads(const LinearArguments& arguments, int64_t divisor, at::ScalarType dtype,
                             const OptionalTensor& grad_output, LinearMask output_mask) {
-  check_linear_arguments(arguments);
-  check_loss_dtype(dtype);
+  check_loss_and_grads(arguments, dtype, grad_output);
   return BlockwiseLoss(arguments, divisor, grad_output, output_mask).run(dtype);
 }
 
 LossAndGrads loss_and_grads_meta(const LinearArguments& arguments, c10::SymInt /*divisor*/, at::ScalarType dtype,
-                                 const OptionalTensor& /*grad_output*/, LinearMask output_mask) {
-  check_linear_arguments(arguments);
-  check_loss_dtype(dtype);
+                                 const OptionalTensor& grad_output, LinearMask output_mask) {
+  check_loss_and_grads(arguments, dtype, grad_output);
   const auto options = arguments.input.options();
   const auto gradient = [&](bool is_wanted, c10::SymIntArrayRef size) {
     return is_wanted ? at::empty_symint(size, options) : at::empty({0}, options);

@@ -75,6 +75,8 @@ void check_count(const Tensor& target, double ignore_index);
 void check_reduction(const Arguments& arguments, int64_t reduction);
 void check_loss_dtype(at::ScalarType dtype);
 void check_grad_output(const Tensor& grad_output, const Arguments& arguments);
+// A strided grad_output: a sparse COO one made dense, after a look at its indices, which to_dense would believe.
+Tensor strided_grad_output(const Tensor& grad_output);
 // That the memory which sizes and strides describe is there. A storage can be freed or cut under a tensor.
 void check_storage(const Tensor& tensor, const char* name);
 

@@ -17,6 +17,8 @@ FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # kernels have sizes of their own, all of them powers of two at most as large as a chunk.
 LANES, BLOCK, CHUNK = 16, 1024, 8192
 
+SMALLEST_VARIANCE = torch.tensor(1e-12, dtype=torch.float32).item()  # of BCELoss: native has it as a float32
+
 
 @dataclass
 class Terms:
@@ -64,7 +66,7 @@ def probabilities(input: Tensor, target: Tensor, weight: Tensor | None = None) -
     y, w = (_float64(tensor, q) for tensor in (target, weight))
     log_q, log_rest = q.log(), (-q).log1p()
     for_positive, for_negative = -log_q.clamp(min=-100), -log_rest.clamp(min=-100)
-    grad_input = w * (q - y) / ((1 - q) * q).clamp(min=1e-12)
+    grad_input = w * (q - y) / ((1 - q) * q).clamp(min=SMALLEST_VARIANCE)
     return Terms(
         loss=w * (y * for_positive + (1 - y) * for_negative),
         loss_scale=w.abs() * (y.abs() * for_positive + (1 - y).abs() * for_negative),
@@ -229,7 +231,7 @@ def with_options(
     terms = formula(input, y, **arguments)
     if label_smoothing and formula is probabilities:  # the smoothed target is rounded before q is taken from it
         q = input.detach().double()
-        terms.grad_input_scale = terms.grad_input_scale + y.abs() / ((1 - q) * q).clamp(min=1e-12)
+        terms.grad_input_scale = terms.grad_input_scale + y.abs() / ((1 - q) * q).clamp(min=SMALLEST_VARIANCE)
     terms.grad_target, terms.grad_target_scale = (
         each * (1 - label_smoothing) for each in (terms.grad_target, terms.grad_target_scale)
     )

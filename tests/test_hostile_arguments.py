@@ -176,6 +176,17 @@ def test_storages_freed_between_forward_and_backward(loss: Member, operand: str,
         torch.autograd.grad(value, tensors["input"], tensors["grad_output"], create_graph=create_graph)
 
 
+@every_formula
+def test_a_negated_view_freed_before_a_second_backward(loss: Member) -> None:
+    """The dispatcher resolves such a view before it calls a kernel."""
+    input, target = X.sigmoid().requires_grad_(), torch._neg_view(-Y)
+    value = loss(input, target)
+    torch.autograd.grad(value, input, retain_graph=True)
+    target.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of target"):
+        torch.autograd.grad(value, input)
+
+
 def test_the_count_of_a_target_without_memory() -> None:
     with pytest.raises(RuntimeError, match="memory of target"):
         OPS._count_valid(freed(Y), 0.5)
@@ -224,6 +235,47 @@ def test_a_sparse_grad_output(loss: Member, create_graph: bool) -> None:
     (expected,) = torch.autograd.grad(value, input, grad_output, retain_graph=True)
     (actual,) = torch.autograd.grad(value, input, grad_output.to_sparse(), create_graph=create_graph)
     torch.testing.assert_close(actual.detach(), expected)
+
+
+def sparse(row: int, size: tuple[int, ...] = (3, 4), is_coalesced: bool = False) -> Tensor:
+    indices, values = torch.tensor([[row], [0]]), torch.ones(1)
+    return torch.sparse_coo_tensor(indices, values, size, check_invariants=False, is_coalesced=is_coalesced)
+
+
+def csr(crow: list[int], columns: list[int]) -> Tensor:
+    indices, values = (torch.tensor(crow), torch.tensor(columns)), torch.ones(len(columns))
+    return torch.sparse_csr_tensor(*indices, values, (3, 4), check_invariants=False)
+
+
+BAD_SPARSE = {
+    "row beyond": (sparse(3), "found index 3"),
+    "row far beyond": (sparse(2**62), "found index"),
+    "coalesced row far beyond": (sparse(2**62, is_coalesced=True), "found index"),
+    "negative row": (sparse(-1), "found negative index -1"),
+    "another size": (sparse(0, (5, 4)), "expected grad_output to broadcast"),
+    "integers": (sparse(0).long(), "expected grad_output of float64"),
+    # Native refuses other layouts, valid or not.
+    "CSR": (torch.eye(3, 4).to_sparse_csr(), "expected a strided grad_output"),
+    "CSR with columns beyond": (csr([-5, 9, 2**40, 3], [2**40, 1, -7]), "expected a strided grad_output"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", BAD_SPARSE)
+def test_a_sparse_grad_output_that_is_not_valid(name: str, requires_grad: bool) -> None:
+    grad_output, text = BAD_SPARSE[name]
+    input = X.clone().requires_grad_(requires_grad)
+    with pytest.raises(RuntimeError, match=text):
+        OPS._bce_backward(input, Y, *PLAIN, grad_output, 1, [True, False])
+
+
+def test_a_sparse_grad_output_without_memory() -> None:
+    for part in ("indices", "values"):
+        grad_output = sparse(0)
+        getattr(grad_output, f"_{part}")().untyped_storage().resize_(2)
+        with pytest.raises(RuntimeError, match=f"expected the memory of the {part} of grad_output"):
+            OPS._bce_backward(X, Y, *PLAIN, grad_output, 1, [True, False])
 
 
 # ---- values ----

@@ -175,9 +175,12 @@ def test_checkpointing_and_saved_tensor_hooks(device: str) -> None:
     same(torch.autograd.grad(loss, leaves), tuple(leaf.grad for leaf in expected))  # computed anew, from what was saved
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
-def test_autocast(shape: tuple[int, int, int], device: str) -> None:
+def test_autocast(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """Parameters in float32, and an input of any dtype: what a layer before has computed is in half precision."""
     case = make_case(*shape, "csr", torch.float32, device=device)
+    case.input = case.input.to(dtype)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         leaves, others = case.leaves(), case.leaves()
         loss = loss_of(case.target)(*leaves)
@@ -186,8 +189,10 @@ def test_autocast(shape: tuple[int, int, int], device: str) -> None:
     assert loss.dtype == expected.dtype == torch.float32
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for got, want in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, others), strict=True):
-        assert got.dtype == torch.float32
+    for leaf, got, want in zip(
+        leaves, torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, others), strict=True
+    ):
+        assert got.dtype == leaf.dtype
         torch.testing.assert_close(got, want, rtol=2e-2, atol=float(want.abs().max()) * 1e-2)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import bce_ext.functional as F
 
+OPS = torch.ops.bce_ext
 X, W, B = torch.ones(3, 4), torch.ones(5, 4), torch.ones(5)
 Y = torch.ones(3, 5)
 INDICES = torch.tensor([0, -1, 4])
@@ -42,6 +46,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "complex target": ({"target": Y.cfloat()}, RuntimeError, "expected a real target"),
     "integer target of 2": ({"target": torch.full((3, 5), 2)}, RuntimeError, "to be 0 or 1"),
     "class index too large": ({"target": torch.tensor([0, 5, 1])}, IndexError, "but one is 5"),
+    "class index beyond int64": (
+        {"target": torch.tensor([0, 2**64 - 1, 1], dtype=torch.uint64)},
+        IndexError,
+        "number of labels (5), but one is 1.8",
+    ),
     "target of another device": ({"target": Y.to("meta")}, RuntimeError, "target on the device of input"),
     "weight of another device": ({"linear_weight": W.to("meta")}, RuntimeError, "linear_weight on the device"),
     "bias of another device": ({"linear_bias": B.to("meta")}, RuntimeError, "linear_bias on the device"),
@@ -129,14 +138,96 @@ def test_bad_targets_of_blocks(target: Tensor, error: type[Exception]) -> None:
 @pytest.mark.parametrize("index", [[[0], [5]], [[3], [0]], [[-1], [0]], [[0], [-1]]], ids=str)
 def test_internal_operators_read_nothing_out_of_bounds(index: list[list[int]]) -> None:
     with pytest.raises(RuntimeError, match="rows and labels"):
-        torch.ops.bce_ext._linear_bce_loss_and_grads(
+        OPS._linear_bce_loss_and_grads(
             X, W, None, torch.ones(1), torch.tensor(index), None, None, None, [], 1, torch.float32, None, [True] * 3
         )
 
 
-@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target"])
+OPERANDS = ["input", "linear_weight", "linear_bias", "target"]
+
+
+def calls(tensors: dict[str, Tensor]) -> list[Callable[[], Any]]:
+    """The internal operators: the loss, and the loss with its gradients."""
+    operands = (*(tensors[name] for name in OPERANDS), None, None, None, None, [])
+    return [
+        lambda: OPS._linear_bce(*operands, 1),
+        lambda: OPS._linear_bce_loss_and_grads(*operands, 1, torch.float32, None, [True] * 3),
+    ]
+
+
+# int1 and bits8 have no type that they are promoted to. An 8-bit float is a target like any other.
+STORED_ONLY = [torch.int1, torch.uint4, torch.bits8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, d) for name in OPERANDS for d in STORED_ONLY if (name, d) != ("target", torch.float8_e4m3fn)],
+)
+def test_dtypes_without_arithmetic(name: str, dtype: torch.dtype) -> None:
+    """In one sentence of ours, before ATen promotes any types."""
+    stored = torch.zeros(GOOD[name].shape, dtype=torch.uint8).view(dtype)
+    for call in calls({**GOOD, name: stored}):
+        for context in (contextlib.nullcontext(), torch.inference_mode(), forward_ad.dual_level()):
+            with context, pytest.raises(RuntimeError, match="linear_binary_cross_entropy_with_logits: expected a"):
+                call()
+
+
+def test_reductions_that_there_are_not() -> None:
+    for input in (X, torch.ones(300_000, 4)):  # the plain form; blocks
+        for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+            with context, pytest.raises(ValueError, match="is not a valid value for reduction"):
+                OPS._linear_bce(input, W, B, torch.ones(len(input), 5), None, None, None, None, [], 3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("grad_output", [torch.ones(1), torch.ones(3, 4), torch.ones((), dtype=torch.int64)], ids=str)
+def test_a_grad_output_is_one_number(grad_output: Tensor, device: str) -> None:
+    operands = [tensor.to(device) for tensor in (X, W, B, Y)]
+    with pytest.raises(RuntimeError, match="grad_output"):
+        OPS._linear_bce_loss_and_grads(
+            *operands, None, None, None, None, [], 1, torch.float32, grad_output.to(device), [True] * 3
+        )
+
+
+@pytest.mark.parametrize("name", OPERANDS)
 def test_memory_that_is_gone(name: str) -> None:
     arguments = {key: tensor.clone() for key, tensor in GOOD.items()}
     arguments[name].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
         F.linear_binary_cross_entropy_with_logits(**arguments)
+    for call in calls(arguments):
+        with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
+            call()
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
+            call()
+
+
+TARGETS_IN_PARTS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+    "target": (INDICES.to(torch.int16), lambda target: target),
+    "the indices of target": (coo([0], [0]), lambda target: target._indices()),
+    "the values of target": (coo([0], [0]), lambda target: target._values()),
+    "the crow_indices of target": (csr([0, 1, 1, 1], [0]), lambda target: target.crow_indices()),
+    "the col_indices of target": (csr([0, 1, 1, 1], [0]), lambda target: target.col_indices()),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS_IN_PARTS)
+def test_memory_of_a_target_that_is_gone(name: str) -> None:
+    target, part = TARGETS_IN_PARTS[name]
+    target = target.clone()
+    part(target).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
+        F.linear_binary_cross_entropy_with_logits(X, W, target)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target"])
+def test_memory_that_is_freed_between_forward_and_backward(name: str, create_graph: bool) -> None:
+    tensors = {"input": torch.ones(300_000, 4), "linear_weight": W.clone(), "target": torch.ones(300_000, 5)}
+    leaf = (tensors["linear_weight"] if name == "input" else tensors["input"]).requires_grad_()
+    loss = F.linear_binary_cross_entropy_with_logits(**tensors)
+    assert "LinearBCE" in loss.grad_fn.name()  # it takes blocks
+    torch.autograd.grad(loss, leaf, retain_graph=True)  # hands the stored gradient over
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"expected the memory of {name}"):
+        torch.autograd.grad(loss, leaf, create_graph=create_graph)

@@ -115,6 +115,19 @@ def test_gradients_are_native_s(reduction: str, with_logits: bool, device: str) 
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_bounded_gradient_of_a_sure_probability(dtype: torch.dtype, create_graph: bool, device: str) -> None:
+    """Its denominator is at least 1e-12 as a float32, for float64 too, in a pass and in a differentiable gradient."""
+    input = torch.tensor([0.0, 1.0, 1e-13], dtype=dtype, device=device, requires_grad=True)
+    target = torch.tensor([0.25, 0.5, 1.0], dtype=dtype, device=device)
+    ours, native = (
+        torch.autograd.grad(module(reduction="sum")(input, target), input, create_graph=create_graph)[0].detach()
+        for module in MODULES[1]
+    )
+    torch.testing.assert_close(ours, native, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
 @pytest.mark.parametrize("which", [0, 1], ids=["logits", "probabilities"])

@@ -59,9 +59,15 @@ def linear(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    arithmetic: torch.dtype,
 ) -> reference.Terms:
-    layer = [None if each is None else each.double() for each in (input, linear_weight, linear_bias)]
-    logits, size = (torch.nn.functional.linear(*each) for each in (layer, [x if x is None else x.abs() for x in layer]))
+    layer = (input, linear_weight, linear_bias)
+    if products_dtype(input, linear_weight) != arithmetic:  # their error is F.linear's, bit for bit: see has_answer
+        logits = torch.nn.functional.linear(*layer)
+        entropy = reference.with_logits(logits, target, weight, pos_weight)
+        return _without_gradients(entropy.loss, entropy.loss_scale)
+    exact = [None if each is None else each.double() for each in layer]
+    logits, size = (torch.nn.functional.linear(*each) for each in (exact, [x if x is None else x.abs() for x in exact]))
     entropy = reference.with_logits(logits, target, weight, pos_weight)
     # The logits are rounded sums of products; the slope of the loss is at most that of both classes together.
     w, p = (torch.ones_like(logits) if t is None else t.double().expand_as(logits).abs() for t in (weight, pos_weight))
@@ -69,11 +75,16 @@ def linear(
     return _without_gradients(entropy.loss, entropy.loss_scale + (input.shape[-1] + 1) * slope * size)
 
 
+def products_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """Of F.linear, also under autocast."""
+    return torch.nn.functional.linear(input[:0], linear_weight[:0]).dtype
+
+
 def dense_target(given: dict[str, Any]) -> Tensor:
     """Class indices stand for one positive label in each row, or for none."""
     target: Tensor = given["target"]
     if "linear_weight" in given and not target.is_floating_point() and target.dim() + 1 == given["input"].dim():
-        return (target.unsqueeze(-1) == torch.arange(given["linear_weight"].shape[0])).double()
+        return (target.long().unsqueeze(-1) == torch.arange(given["linear_weight"].shape[0])).double()
     return target.double()
 
 
@@ -111,9 +122,16 @@ def is_ordinary(tensor: Tensor) -> bool:
         return False  # a dtype without arithmetic
 
 
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    storages = (x.untyped_storage().data_ptr() for x in (one, other) if x.layout == torch.strided)
+    return len({*storages}) == 1
+
+
 def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
     """Loss and gradients with their reduction, and with what the options add."""
     formula = FORMULAS[operator.partition(".")[0]]
+    arithmetic = reference.arithmetic_dtype(given["input"].dtype, given["target"].dtype)
+    given = {**given, "arithmetic": arithmetic}
     raw = dense_target(given)
     names = [name for name in inspect.signature(formula).parameters if name != "target"]
     evaluate = partial(formula, **{name: given[name] for name in names})
@@ -123,6 +141,8 @@ def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
     if smoothing != 0:  # rounds the label, and with it what multiplies either part
         terms.loss_scale = sum(evaluate(target=torch.full_like(raw, y)).loss_scale for y in (0, 1)) + terms.loss_scale
         terms.grad_input_scale = terms.grad_input_scale + 1
+    # A part that overflows the arithmetic is infinite, as it is for native, though a mean of such parts need not be.
+    terms.loss_scale = terms.loss_scale.to(arithmetic).double()
     ignored = torch.zeros_like(raw, dtype=torch.bool)
     if (index := given.get("ignore_index")) is not None:
         ignored = raw == index
@@ -133,14 +153,28 @@ def expected_terms(operator: str, given: dict[str, Any]) -> reference.Terms:
         return reference.reduced(terms, reduction)
     normalizer = given.get("normalizer")
     divisor = (~ignored).sum().double() if normalizer is None else normalizer.double()
-    expected = reference.reduced(terms, "sum", 1 / divisor)
-    expected.loss, expected.loss_scale = expected.loss / divisor, (expected.loss_scale / divisor).abs()
-    return expected
+    # As a division would: what has no weight has a derivative of 0/0 where the normalizer is 0. Native's chain of
+    # derivatives and ours multiply by 1 / normalizer, which may overflow.
+    factor = (1 / divisor).to(arithmetic).double()
+    return reference.Terms(
+        terms.loss.sum() / divisor,
+        (terms.loss_scale.sum() / divisor).abs(),
+        *(
+            torch.where(ignored, 0.0, value * by)
+            for gradient, scale in (
+                (terms.grad_input, terms.grad_input_scale),
+                (terms.grad_target, terms.grad_target_scale),
+            )
+            for value, by in ((gradient, factor), (scale, factor.abs()))
+        ),
+    )
 
 
 def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
     """Whether all operands are ordinary and the formula says what comes out."""
     names = ("input", "linear_weight", "linear_bias", "target", "weight", "pos_weight", "normalizer")
+    if not all(x is None or isinstance(x, (Tensor, int, float)) for x in given.values()):
+        return False  # TorchScript takes a dtype for a number
     operands = [given[name] for name in names if given.get(name) is not None]
     if not all(isinstance(x, Tensor) and is_ordinary(x) for x in operands) or not isinstance(result, Tensor):
         return False
@@ -151,8 +185,10 @@ def has_answer(operator: str, given: dict[str, Any], result: object) -> bool:
         return False  # infinite as native sees it, too
     if operator.startswith("binary"):
         return True
-    if operator.startswith("linear"):  # products in half precision have other errors
-        return given["input"].dtype in (torch.float32, torch.float64)
+    if operator.startswith("linear"):
+        # Products of low precision are rounded otherwise in a block than by F.linear; only large losses have blocks.
+        is_low = products_dtype(given["input"], given["linear_weight"]) != arithmetic
+        return not (is_low and given["input"].shape[0] * given["linear_weight"].shape[0] > 2**20)
     # A power of a negative number has no answer, and one that is enormous no digit.
     target = given["target"].double()
     return bool(((target >= 0) & (target <= 1)).all()) and all(given.get(g, 0) <= 100 for g in GAMMAS)
@@ -172,6 +208,8 @@ def wrong_answer(operator: str, variables: dict[str, Any]) -> str | None:
         isinstance(x, Tensor) and is_ordinary(x) and bool((x == 1).all()) for x in variables.get("grad_outputs", [None])
     ):
         for tensor, gradient in zip(variables["inputs"], variables.get("grads", ()), strict=False):
+            if len([other for other in variables["inputs"] if shares_memory(tensor, other)]) > 1:
+                continue  # it has the gradients of several operands
             if tensor is given["input"]:
                 answers["gradient of input"] = (gradient, expected.grad_input, expected.grad_input_scale)
             elif tensor is given["target"]:

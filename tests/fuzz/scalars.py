@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .draw import Draw
-from .schemas import Argument
+from .schemas import Argument, Operator
 
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 LOSS_DTYPES = ("torch.float32", "torch.float64", "torch.bfloat16", "torch.float16")
@@ -60,6 +60,7 @@ WRONG_TYPES = (
 
 
 # Arguments that few of the values of their type are right for, by name; each expression as likely as the others.
+OPTIONS_OF_LOGITS = ("[0.0, float('nan')]", "[0.25, -100.0]", "[0.0, 1.0]", "[]")  # of an operator without a formula
 PARAMETERS = "[[], [], [0.25, 2.0], [4.0, 1.0, 0.05, 1e-8, 0.0]][formula % 4]"
 TYPICAL = {
     "reduction": ("0", "1", "2"),
@@ -121,14 +122,21 @@ def _list_size(draw: Draw, argument: Argument) -> int:
     return draw.pick((0, 1, 2, 2, 3, 3, 4, 5, 8, 100))
 
 
-def expression(draw: Draw, argument: Argument) -> str:
+def _typical(operator: Operator, argument: Argument) -> tuple[str, ...]:
+    if argument.name == "options" and not operator.takes("formula"):
+        return OPTIONS_OF_LOGITS
+    return TYPICAL.get(argument.name, ())
+
+
+def expression(draw: Draw, operator: Operator, argument: Argument) -> str:
     type_ = argument.type
     if type_.startswith("Optional["):
         if draw.chance(0.6):
             return "None"
         type_ = type_.removeprefix("Optional[").removesuffix("]")
-    if argument.name in TYPICAL and draw.chance(0.85):
-        return draw.pick(TYPICAL[argument.name])
+    typical = _typical(operator, argument)
+    if typical and draw.chance(0.85):
+        return draw.pick(typical)
     if type_.startswith("List["):
         inner = type_.removeprefix("List[").removesuffix("]")
         return f"[{', '.join(_plain(draw, argument, inner) for _ in range(_list_size(draw, argument)))}]"

@@ -28,6 +28,9 @@ class Operator:
     name: str  # with the overload, if it has one: "add.out"
     arguments: tuple[Argument, ...]
 
+    def takes(self, name: str) -> bool:
+        return any(a.name == name for a in self.arguments)
+
     @property
     def is_public(self) -> bool:
         return not self.name.startswith("_")

@@ -239,22 +239,12 @@ void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtyp
   if (numel == 0) {
     return;
   }
-  const auto launch_typed = [&](auto zero) {
+  with_floating_type(grad.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t kTileSize = kThreads * kVectorBytes / sizeof(T);
     launch(scale_kernel<T>, num_blocks(numel, kTileSize, max_blocks), kThreads, static_cast<T*>(grad.data), numel,
            grad_output, grad_output_dtype);
-  };
-  switch (grad.dtype) {
-    case Dtype::Half:
-      return launch_typed(__half{});
-    case Dtype::BFloat16:
-      return launch_typed(__nv_bfloat16{});
-    case Dtype::Double:
-      return launch_typed(double{});
-    default:
-      return launch_typed(float{});
-  }
+  });
 }
 
 // The partial sums of a count_valid at most.

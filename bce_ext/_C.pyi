@@ -1,16 +1,7 @@
 from typing import Any
 
-from torch import Tensor
-
 def build_info() -> dict[str, str | int | None]: ...
 def bce(
-    function: str,
-    formula: int,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | float | None,
-    pos_weight: Tensor | float | None,
-    normalizer: Tensor | float | None,
-    options: tuple[float | None, ...],
-    reduction: int,
+    function: str, formula: int, operands: tuple[Any, ...], options: tuple[float | None, ...], reduction: int
 ) -> Any: ...
+def linear_bce(operands: tuple[Any, ...], options: tuple[float | None, ...], reduction: int) -> Any: ...

@@ -5,9 +5,8 @@ from bce_ext import distributed, functional
 from bce_ext._C import build_info
 from bce_ext.autograd import BCEWithLogitsFunction
 from bce_ext.errors import ArgumentTypeError
-from bce_ext.linear import LinearBCEWithLogitsLoss
 from bce_ext.memory import empty_cache
-from bce_ext.modules import AsymmetricLoss, BCELoss, BCEWithLogitsLoss, SigmoidFocalLoss
+from bce_ext.modules import AsymmetricLoss, BCELoss, BCEWithLogitsLoss, LinearBCEWithLogitsLoss, SigmoidFocalLoss
 from bce_ext.override import disable, enable, fused, is_enabled
 
 __version__ = "0.1.0"

@@ -56,8 +56,7 @@ def call(
     is_usual = reduction == "mean" and size_average is None and reduce is None
     number = 1 if is_usual else reduction_number(reduction, size_average, reduce)
     if not is_dynamo_compiling():
-        input, target, weight, pos_weight, normalizer = operands
-        result = _C.bce(loss.name, loss.formula, input, target, weight, pos_weight, normalizer, options, number)
+        result = _C.bce(loss.name, loss.formula, operands, options, number)
         if result is not NotImplemented:
             return result  # type: ignore[no-any-return]
     # Compilers and tracers see public operators only, and these take sparse targets.

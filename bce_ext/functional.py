@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from bce_ext._call import Loss, call, reduction_number
+from bce_ext._docs import with_shared_arguments
 from bce_ext.linear import linear_binary_cross_entropy_with_logits, siglip_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 
+@with_shared_arguments
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -44,15 +46,11 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits of any shape, float64, float32, bfloat16 or float16.
         target: the same shape, any real dtype: bool, integer or floating. Usually in :math:`[0, 1]`, which is not required.
-        weight: rescales the loss of each element; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
-        size_average: deprecated, see ``reduction``.
-        reduce: deprecated, see ``reduction``.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        pos_weight: rescales the positive part; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
-        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
-        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
-            by the number of the others.
-        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
+        $weight
+        $deprecated
+        $reduction
+        $pos_weight
+        $options
 
     Shape:
         ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -95,6 +93,7 @@ def binary_cross_entropy_with_logits(
     )
 
 
+@with_shared_arguments
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -120,14 +119,10 @@ def binary_cross_entropy(
     Args:
         input: probabilities of any shape, float64, float32, bfloat16 or float16, in :math:`[0, 1]`.
         target: the same shape, any real dtype: bool, integer or floating.
-        weight: rescales the loss of each element; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
-        size_average: deprecated, see ``reduction``.
-        reduce: deprecated, see ``reduction``.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
-        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
-            by the number of the others.
-        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
+        $weight
+        $deprecated
+        $reduction
+        $options
 
     Shape:
         ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -165,6 +160,7 @@ def binary_cross_entropy(
     )
 
 
+@with_shared_arguments
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -190,15 +186,11 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits of any shape, float64, float32, bfloat16 or float16.
         targets: the same shape: bool, integer (0 or 1) or floating.
-        alpha: the weight of the positive class, in :math:`[0, 1]`; -1 leaves :math:`\alpha_y` out.
-        gamma: the exponent of the focusing factor, at least 0.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        weight: rescales the loss of each element; broadcasts to the shape of ``inputs``. A tensor of any real dtype, or a number.
-        pos_weight: rescales the positive part; broadcasts to the shape of ``inputs``. A tensor of any real dtype, or a number.
-        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
-        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
-            by the number of the others.
-        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
+        $focal
+        $reduction
+        $weight
+        $pos_weight
+        $options
 
     Shape:
         ``inputs`` and ``targets``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -237,6 +229,7 @@ def sigmoid_focal_loss(
     )
 
 
+@with_shared_arguments
 def asymmetric_loss(
     input: Tensor,
     target: Tensor,
@@ -264,18 +257,12 @@ def asymmetric_loss(
     Args:
         input: logits of any shape, float64, float32, bfloat16 or float16.
         target: the same shape: bool, integer (0 or 1) or floating.
-        gamma_neg: the exponent of the focusing factor of negatives, at least 0.
-        gamma_pos: the exponent of the focusing factor of positives, at least 0.
-        clip: the margin by which probabilities of negatives are shifted, in :math:`[0, 1)`. Easier negatives have no loss.
-        weight: rescales the loss of each element; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
-        pos_weight: rescales the positive part; broadcasts to the shape of ``input``. A tensor of any real dtype, or a number.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
-        ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. ``'mean'`` divides
-            by the number of the others.
-        normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number.
-        detach_focusing: whether the focusing factor is taken for a constant in the gradients.
-        eps: the smallest probability in a logarithm.
+        $asymmetric
+        $weight
+        $pos_weight
+        $reduction
+        $options
+        $focusing
 
     Shape:
         ``input`` and ``target``: :math:`(*)`. Returns a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
-from bce_ext import distributed
+from bce_ext import _C, distributed
 from bce_ext._call import as_tensor, reduction_number
+from bce_ext._docs import with_shared_arguments
 
-__all__ = ["LinearBCEWithLogitsLoss", "linear_binary_cross_entropy_with_logits", "siglip_loss"]
+__all__ = ["linear_binary_cross_entropy_with_logits", "siglip_loss"]
 
 
+@with_shared_arguments
 def linear_binary_cross_entropy_with_logits(
     input: Tensor,
     linear_weight: Tensor,
@@ -48,12 +53,10 @@ def linear_binary_cross_entropy_with_logits(
         target: dense of any real dtype; ``torch.sparse_csr`` or ``torch.sparse_coo`` of the same size, where what is not listed is 0 and what is listed more
             than once is added up; or class indices, one integer for each row, which is its one positive label, negative for none.
         linear_bias: the bias of the layer.
-        weight: rescales the loss of each element; broadcasts to the size of the logits.
-        pos_weight: rescales the positive part; broadcasts to the size of the logits.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``. ``'none'`` returns as many losses as there are logits, so it computes those.
-        label_smoothing: :math:`\varepsilon \in [0, 1]`; a target :math:`y` becomes :math:`y (1 - \varepsilon) + \varepsilon / 2`.
-        ignore_index: elements whose target has this value have no loss and no gradient, and a mean does not count them.
-        normalizer: for ``'mean'``: one number that the sum is divided by, in place of the number of elements.
+        $weight
+        $pos_weight
+        $reduction With ``'none'`` there are as many losses as logits, so that the logits are computed as a whole.
+        $options
 
     Shape:
         - ``input``: :math:`(*, D)` for any number of dimensions, also none
@@ -84,51 +87,33 @@ def linear_binary_cross_entropy_with_logits(
         >>> linear_binary_cross_entropy_with_logits(input, linear_weight, target)  # log(2)
         tensor(0.6931)
     """
-    reduction_enum = reduction_number(reduction)
-    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight, pos_weight, normalizer):
-        return handle_torch_function(
-            linear_binary_cross_entropy_with_logits,
-            (input, linear_weight, target, linear_bias, weight, pos_weight, normalizer),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            pos_weight=pos_weight,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-        )
-    if distributed.is_dtensor(linear_weight):
+    operands = (input, linear_weight, target, linear_bias, weight, pos_weight, normalizer)
+    number = reduction_number(reduction)
+    is_overridden = has_torch_function(operands)
+    is_sharded = distributed.is_dtensor(linear_weight)
+    if not (is_overridden or is_sharded or is_dynamo_compiling()):
+        result = _C.linear_bce(operands, (label_smoothing, ignore_index), number)
+        if result is not NotImplemented:
+            return result  # type: ignore[no-any-return]
+    keywords: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "pos_weight": pos_weight,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "normalizer": normalizer,
+    }
+    if is_overridden:
+        return handle_torch_function(linear_binary_cross_entropy_with_logits, operands, *operands[:3], **keywords)
+    if is_sharded:
         from bce_ext import sharded_labels
 
-        return sharded_labels.loss(
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            pos_weight=pos_weight,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-        )
-    weight = as_tensor(weight)
-    pos_weight = as_tensor(pos_weight)
-    normalizer = as_tensor(normalizer)
+        return sharded_labels.loss(*operands[:3], **keywords)
+    # Compilers and tracers see public operators only.
+    tensors = {name: as_tensor(keywords[name]) for name in ("weight", "pos_weight", "normalizer")}
     return torch.ops.bce_ext.linear_binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=weight,
-        pos_weight=pos_weight,
-        reduction=reduction_enum,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        normalizer=normalizer,
+        *operands[:3], **(keywords | tensors | {"reduction": number})
     )
 
 
@@ -181,86 +166,3 @@ def siglip_loss(
         linear_bias=None if logit_bias is None else logit_bias.to(image_features.dtype).reshape(1).expand(num_pairs),
         normalizer=torch.full((), num_pairs, dtype=torch.float64, device=device),
     )
-
-
-class LinearBCEWithLogitsLoss(torch.nn.Module):
-    r"""A linear layer and the binary cross entropy of its logits: :func:`bce_ext.functional.linear_binary_cross_entropy_with_logits` as a module.
-
-    It takes the place of the last layer and the loss. The layer is ``loss.linear``, a :class:`torch.nn.Linear`: call it for logits, for example to predict.
-
-    Args:
-        in_features: the number of features :math:`D`.
-        num_labels: the number of labels :math:`C`.
-        bias: whether the layer has a bias.
-        weight: rescales the loss of each element; broadcasts to the size of the logits. A tensor, or a number.
-        pos_weight: rescales the positive part; broadcasts to the size of the logits. A tensor, or a number.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        label_smoothing: in :math:`[0, 1]`.
-        ignore_index: a value of the target whose elements are left out.
-        device: of the layer.
-        dtype: of the layer.
-
-    Shape:
-        Input: :math:`(*, D)`. Target: :math:`(*, C)`, dense or sparse, or :math:`(*)` for class indices. Output: a scalar for ``'mean'`` and ``'sum'``,
-        :math:`(*, C)` for ``'none'``.
-
-    Example::
-
-        >>> loss = bce_ext.LinearBCEWithLogitsLoss(64, 100_000)
-        >>> features = torch.randn(8, 64, requires_grad=True)
-        >>> target = torch.randint(100_000, (8,))
-        >>> loss(features, target).backward()
-        >>> best = loss.linear(features).topk(5)
-    """
-
-    weight: Tensor | None
-    pos_weight: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        num_labels: int,
-        *,
-        bias: bool = True,
-        weight: Tensor | float | None = None,
-        pos_weight: Tensor | float | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        ignore_index: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(in_features, num_labels, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", _as_buffer(weight, device))
-        self.register_buffer("pos_weight", _as_buffer(pos_weight, device))
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-
-    def extra_repr(self) -> str:
-        words = [f"reduction={self.reduction!r}"]
-        if self.label_smoothing != 0.0:
-            words.append(f"label_smoothing={self.label_smoothing}")
-        if self.ignore_index is not None:
-            words.append(f"ignore_index={self.ignore_index}")
-        return ", ".join(words)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_binary_cross_entropy_with_logits(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-        )
-
-
-def _as_buffer(number: Tensor | float | None, device: torch.device | str | None) -> Tensor | None:
-    if isinstance(number, (int, float)):
-        return torch.tensor(number, dtype=torch.get_default_dtype(), device=device)
-    return number

@@ -4,8 +4,9 @@ import torch  # TorchScript reads the annotations of modules, so they are no str
 from torch import Tensor
 
 from bce_ext import functional as F
+from bce_ext._docs import with_shared_arguments
 
-__all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "SigmoidFocalLoss"]
+__all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "LinearBCEWithLogitsLoss", "SigmoidFocalLoss"]
 
 
 class _Options(torch.nn.Module):
@@ -42,6 +43,7 @@ class _Weighted(torch.nn.Module):
         self.register_buffer("pos_weight", _as_buffer(pos_weight))
 
 
+@with_shared_arguments
 class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
     r"""Binary cross entropy between logits and targets: :func:`bce_ext.functional.binary_cross_entropy_with_logits` as a module.
 
@@ -49,14 +51,11 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
     ``isinstance`` checks hold.
 
     Args:
-        weight: rescales the loss of each element; broadcasts to the shape of the input. A tensor, or a number.
-        size_average: deprecated, see ``reduction``.
-        reduce: deprecated, see ``reduction``.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        pos_weight: rescales the positive part; broadcasts to the shape of the input. A tensor, or a number.
-        label_smoothing: pulls targets towards one half, see the function.
-        ignore_index: elements whose target equals this number have no loss and no gradient, see the function.
-        normalizer: what ``'mean'`` divides by, a 0-d tensor or a number. One that changes from call to call is passed to ``forward`` instead.
+        $weight
+        $deprecated
+        $reduction
+        $pos_weight
+        $module_options
 
     Shape:
         Input and target: :math:`(*)`. Output: a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -97,19 +96,17 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
         )
 
 
+@with_shared_arguments
 class BCELoss(_Options, torch.nn.BCELoss):
     r"""Binary cross entropy between probabilities and targets: :func:`bce_ext.functional.binary_cross_entropy` as a module.
 
     A subclass of :class:`torch.nn.BCELoss`: the same arguments, buffer (``weight``), ``state_dict`` and ``repr``, and ``isinstance`` checks hold.
 
     Args:
-        weight: rescales the loss of each element; broadcasts to the shape of the input. A tensor, or a number.
-        size_average: deprecated, see ``reduction``.
-        reduce: deprecated, see ``reduction``.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        label_smoothing: pulls targets towards one half, see the function.
-        ignore_index: elements whose target equals this number have no loss and no gradient, see the function.
-        normalizer: what ``'mean'`` divides by, a 0-d tensor or a number. One that changes from call to call is passed to ``forward`` instead.
+        $weight
+        $deprecated
+        $reduction
+        $module_options
 
     Shape:
         Input and target: :math:`(*)`. Output: a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -148,18 +145,16 @@ class BCELoss(_Options, torch.nn.BCELoss):
         )
 
 
+@with_shared_arguments
 class SigmoidFocalLoss(_Options, _Weighted):
     r"""Focal loss of logits: :func:`bce_ext.functional.sigmoid_focal_loss` as a module.
 
     Args:
-        alpha: the weight of the positive class, in :math:`[0, 1]`; -1 for none.
-        gamma: the exponent of the focusing factor, at least 0.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        weight: rescales the loss of each element; broadcasts to the shape of the input. A tensor, or a number.
-        pos_weight: rescales the positive part; broadcasts to the shape of the input. A tensor, or a number.
-        label_smoothing: pulls targets towards one half, see the function.
-        ignore_index: elements whose target equals this number have no loss and no gradient, see the function.
-        normalizer: what ``'mean'`` divides by, a 0-d tensor or a number. One that changes from call to call is passed to ``forward`` instead.
+        $focal
+        $reduction
+        $weight
+        $pos_weight
+        $module_options
 
     Shape:
         Input and target: :math:`(*)`. Output: a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -206,21 +201,17 @@ class SigmoidFocalLoss(_Options, _Weighted):
         return ", ".join(filter(None, [f"alpha={self.alpha:g}, gamma={self.gamma:g}", super().extra_repr()]))
 
 
+@with_shared_arguments
 class AsymmetricLoss(_Options, _Weighted):
     r"""Asymmetric loss of logits (ASL) for many labels: :func:`bce_ext.functional.asymmetric_loss` as a module.
 
     Args:
-        gamma_neg: the exponent of the focusing factor of negatives, at least 0.
-        gamma_pos: the exponent of the focusing factor of positives, at least 0.
-        clip: the margin by which probabilities of negatives are shifted, in :math:`[0, 1)`.
-        reduction: ``'none'`` | ``'mean'`` | ``'sum'``.
-        weight: rescales the loss of each element; broadcasts to the shape of the input. A tensor, or a number.
-        pos_weight: rescales the positive part; broadcasts to the shape of the input. A tensor, or a number.
-        label_smoothing: pulls targets towards one half, see the function.
-        ignore_index: elements whose target equals this number have no loss and no gradient, see the function.
-        normalizer: what ``'mean'`` divides by, a 0-d tensor or a number. One that changes from call to call is passed to ``forward`` instead.
-        detach_focusing: whether the focusing factor is taken for a constant in the gradients.
-        eps: the smallest probability in a logarithm.
+        $asymmetric
+        $reduction
+        $weight
+        $pos_weight
+        $module_options
+        $focusing
 
     Shape:
         Input and target: :math:`(*)`. Output: a scalar for ``'mean'`` and ``'sum'``, :math:`(*)` for ``'none'``.
@@ -273,6 +264,73 @@ class AsymmetricLoss(_Options, _Weighted):
     def extra_repr(self) -> str:
         numbers = f"gamma_neg={self.gamma_neg:g}, gamma_pos={self.gamma_pos:g}, clip={self.clip:g}"
         return ", ".join(filter(None, [numbers, super().extra_repr()]))
+
+
+@with_shared_arguments
+class LinearBCEWithLogitsLoss(_Options, _Weighted):
+    r"""A linear layer and the binary cross entropy of its logits: :func:`bce_ext.functional.linear_binary_cross_entropy_with_logits` as a module.
+
+    It takes the place of the last layer and the loss. The layer is ``loss.linear``, a :class:`torch.nn.Linear`: call it for logits, for example to predict.
+
+    Args:
+        in_features: the number of features :math:`D`.
+        num_labels: the number of labels :math:`C`.
+        bias: whether the layer has a bias.
+        $weight
+        $pos_weight
+        $reduction
+        $module_options
+        device: of the layer.
+        dtype: of the layer.
+
+    Shape:
+        Input: :math:`(*, D)`. Target: :math:`(*, C)`, dense or sparse, or :math:`(*)` for class indices. Output: a scalar for ``'mean'`` and ``'sum'``,
+        :math:`(*, C)` for ``'none'``.
+
+    Example::
+
+        >>> loss = bce_ext.LinearBCEWithLogitsLoss(64, 100_000)
+        >>> features = torch.randn(8, 64, requires_grad=True)
+        >>> target = torch.randint(100_000, (8,))
+        >>> loss(features, target).backward()
+        >>> best = loss.linear(features).topk(5)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        bias: bool = True,
+        weight: Tensor | float | None = None,
+        pos_weight: Tensor | float | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ignore_index: float | None = None,
+        normalizer: Tensor | float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight, pos_weight, reduction)
+        self._set_options(label_smoothing, ignore_index, normalizer)
+        self.linear = torch.nn.Linear(in_features, num_labels, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        return F.linear_binary_cross_entropy_with_logits(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            normalizer=self.normalizer if normalizer is None else normalizer,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [f"reduction={self.reduction!r}", super().extra_repr()]))
 
 
 def _as_buffer(weight: Tensor | float | None) -> Tensor | None:

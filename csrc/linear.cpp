@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/irange.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -195,6 +196,33 @@ OptionalTensor with_rows_in_one_dimension(const OptionalTensor& weight, const Te
   return weight->expand_symint(size).reshape_symint({num_rows_of(input), weight->sym_size(-1)});
 }
 
+// Class indices as a dense target. A negative index is no label.
+Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
+  if (!is_plain(target) || !target.is_cpu()) {
+    return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
+  }
+  const Tensor indices = target.to(at::kLong).contiguous();
+  c10::DimVector size(target.sizes());
+  size.push_back(num_labels.expect_int());
+  const Tensor dense = at::zeros(size, target.options().dtype(at::kBool));
+  const auto* label = indices.const_data_ptr<int64_t>();
+  auto* row = dense.mutable_data_ptr<bool>();
+  for (const auto i : c10::irange(indices.numel())) {
+    if (label[i] >= 0 && label[i] < size.back()) row[i * size.back() + label[i]] = true;
+  }
+  return dense;
+}
+
+bool has_dtype_of(const OptionalTensor& tensor, const Tensor& input) {
+  return is_defined(tensor) && tensor->scalar_type() == input.scalar_type();
+}
+
+// Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
+bool is_small(c10::SymIntArrayRef logits_size) {
+  const auto numel = c10::multiply_integers(logits_size).maybe_as_int();
+  return numel.has_value() && *numel <= kFewestElementsForBlocks;
+}
+
 double number_or_nan(const std::optional<at::Scalar>& number) {
   return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
 }
@@ -205,6 +233,16 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_layer(input, linear_weight, linear_bias, target);
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
+  if (has_dtype_of(linear_weight, input) && (!is_defined(linear_bias) || has_dtype_of(linear_bias, input)) &&
+      target.layout() == at::kStrided && is_small(size)) {
+    // What a call costs is most of the time of a small problem.
+    const bool has_class_indices = are_class_indices(target, input);
+    if (has_class_indices) check_class_indices(target, size.back());
+    const Tensor dense = has_class_indices ? one_hot(target, size.back()) : target;
+    const Tensor logits = at::linear(input, *linear_weight, linear_bias);
+    constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
+    return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);
+  }
   const SparseTarget split = split_target(target, input, size.back());
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const bool has_rows = input.dim() == 2;
@@ -222,7 +260,9 @@ Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, cons
                           const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
                           const std::optional<at::Scalar>& ignore_index, const OptionalTensor& normalizer) {
   const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
-  return loss_of_rows(input, linear_weight, linear_bias, target, weight, pos_weight, normalizer, options, reduction);
+  const bool has_options = label_smoothing != 0.0 || ignore_index.has_value();
+  return loss_of_rows(input, linear_weight, linear_bias, target, weight, pos_weight, normalizer,
+                      has_options ? at::ArrayRef<double>(options) : at::ArrayRef<double>(), reduction);
 }
 
 Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction,
@@ -298,9 +338,7 @@ c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction) {
 Tensor dense_target(const LinearArguments& arguments) {
   const Tensor& target = arguments.target;
   const c10::SymInt num_labels = arguments.num_labels();
-  if (arguments.has_class_indices()) {
-    return target.unsqueeze(1) == at::arange(num_labels, target.options().dtype(at::kLong));
-  }
+  if (arguments.has_class_indices()) return one_hot(target, num_labels);
   if (!arguments.is_sparse()) return target;
   const Tensor zeros = at::zeros_symint({arguments.num_rows(), num_labels}, target.options());
   return zeros.index_put({arguments.indices->select(0, 0), arguments.indices->select(0, 1)}, target,

@@ -235,9 +235,9 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction) {
   if (reduction == at::Reduction::None || !has_kernel(arguments.input)) return false;
-  // Less fits into the caches as it is, and the plain form does not cut its products.
-  constexpr int64_t kFewestElements = int64_t{1} << 20;
-  return (arguments.num_rows() * arguments.num_labels()).sym_gt(kFewestElements).guard_or_false(__FILE__, __LINE__);
+  return (arguments.num_rows() * arguments.num_labels())
+      .sym_gt(kFewestElementsForBlocks)
+      .guard_or_false(__FILE__, __LINE__);
 }
 
 TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) {

@@ -89,20 +89,21 @@ c10::SmallVector<double, 8> as_numbers(const py::tuple& options) {
   return numbers;
 }
 
-// The loss `function`: bce_ext::_bce. NotImplemented where the public operator is to be called: under torch.jit.trace,
-// which records what goes through torch.ops, and for a sparse target.
-py::object bce(py::handle function, int64_t formula, py::handle input, py::handle target, py::handle weight,
-               py::handle pos_weight, py::handle normalizer, const py::tuple& options, int64_t reduction) {
+// The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented where the
+// public operator is to be called: under torch.jit.trace, which records what goes through torch.ops, and for a sparse
+// target.
+py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
+               int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bce_ext::_bce", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                                const OptionalTensor&, const OptionalTensor&, int64_t,
                                                at::ArrayRef<double>, int64_t, std::optional<at::ScalarType>)>();
-  const at::Tensor& x = as_tensor(input, function, "input");
-  const at::Tensor& y = as_tensor(target, function, "target");
-  const OptionalTensor w = as_weight(weight, function, "weight");
-  const OptionalTensor p = as_weight(pos_weight, function, "pos_weight");
-  const OptionalTensor n = as_weight(normalizer, function, "normalizer");
+  const at::Tensor& x = as_tensor(operands[0], function, "input");
+  const at::Tensor& y = as_tensor(operands[1], function, "target");
+  const OptionalTensor w = as_weight(operands[2], function, "weight");
+  const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
+  const OptionalTensor n = as_weight(operands[4], function, "normalizer");
   if (torch::jit::tracer::isTracing() || y.layout() != at::kStrided) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
@@ -113,11 +114,39 @@ py::object bce(py::handle function, int64_t formula, py::handle input, py::handl
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
 }
 
+// bce_ext::linear_binary_cross_entropy_with_logits of input, linear_weight, target, linear_bias, weight, pos_weight and
+// normalizer.
+py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64_t reduction) {
+  static const py::handle function = py::str("linear_binary_cross_entropy_with_logits").release();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bce_ext::linear_binary_cross_entropy_with_logits", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, int64_t, double,
+                            const std::optional<at::Scalar>&, const OptionalTensor&)>();
+  const at::Tensor& x = as_tensor(operands[0], function, "input");
+  const at::Tensor& layer = as_tensor(operands[1], function, "linear_weight");
+  const at::Tensor& y = as_tensor(operands[2], function, "target");
+  const OptionalTensor bias =
+      operands[3].is_none() ? OptionalTensor() : OptionalTensor(as_tensor(operands[3], function, "linear_bias"));
+  const OptionalTensor w = as_weight(operands[4], function, "weight");
+  const OptionalTensor p = as_weight(operands[5], function, "pos_weight");
+  const OptionalTensor n = as_weight(operands[6], function, "normalizer");
+  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  const auto label_smoothing = options[0].cast<double>();
+  const auto ignore_index = options[1].is_none() ? std::nullopt : std::optional<at::Scalar>(options[1].cast<double>());
+  py::gil_scoped_release no_gil;
+  at::Tensor loss = op.call(x, layer, y, bias, w, p, reduction, label_smoothing, ignore_index, n);
+  py::gil_scoped_acquire gil;
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
+}
+
 }  // namespace
 
 // Free-threaded Pythons need no lock here: statics are initialized once, and no object is shared between calls.
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "What the binary of bce_ext was built with, and a short way to its operators.";
   module.def("bce", torch::wrap_pybind_function(bce));
+  module.def("linear_bce", torch::wrap_pybind_function(linear_bce));
   module.def("build_info", &build_info, "Facts of the loaded binary: torch, compiler, instruction set, CUDA.");
 }

@@ -42,5 +42,17 @@ __device__ __forceinline__ double block_sum(double value) {
   return value;
 }
 
+// Stores the sum over the threads of a block as one of `partials`, if these are wanted. The conditions of block_sum
+// hold.
+__device__ __forceinline__ void store_block_sum(double value, double* partials) {
+  if (partials == nullptr) {
+    return;
+  }
+  value = block_sum(value);
+  if (threadIdx.x == 0) {
+    partials[blockIdx.x] = value;
+  }
+}
+
 }  // namespace cuda
 }  // namespace bce_ext

@@ -45,8 +45,24 @@ __device__ __forceinline__ T from_compute(C value) {
   }
 }
 
-// visit(T{}) for the element type T of an array that is known at run time only. `visit` is of the host or of the
-// device.
+// visit(T{}) for the element type T of an array that is known at run time only, which is one of the four floating
+// types. `visit` is of the host or of the device.
+#pragma nv_exec_check_disable
+template <typename Visit>
+__host__ __device__ __forceinline__ auto with_floating_type(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::Half:
+      return visit(__half{});
+    case Dtype::BFloat16:
+      return visit(__nv_bfloat16{});
+    case Dtype::Double:
+      return visit(double{});
+    default:
+      return visit(float{});
+  }
+}
+
+// The same for any element type.
 #pragma nv_exec_check_disable
 template <typename Visit>
 __host__ __device__ __forceinline__ auto with_type(Dtype dtype, const Visit& visit) {
@@ -69,14 +85,8 @@ __host__ __device__ __forceinline__ auto with_type(Dtype dtype, const Visit& vis
       return visit(int64_t{});
     case Dtype::UInt64:
       return visit(uint64_t{});
-    case Dtype::Half:
-      return visit(__half{});
-    case Dtype::BFloat16:
-      return visit(__nv_bfloat16{});
-    case Dtype::Double:
-      return visit(double{});
     default:
-      return visit(float{});
+      return with_floating_type(dtype, visit);
   }
 }
 
@@ -89,19 +99,9 @@ __device__ __forceinline__ C load_element(const void* data, Dtype dtype, int64_t
 // Stores to element `index` of an array of one of the four floating types.
 template <typename C>
 __device__ __forceinline__ void store_element(const Output& output, int64_t index, C value) {
-  const auto store = [=](auto zero) {
+  with_floating_type(output.dtype, [=](auto zero) {
     static_cast<decltype(zero)*>(output.data)[index] = from_compute<decltype(zero)>(value);
-  };
-  switch (output.dtype) {
-    case Dtype::Half:
-      return store(__half{});
-    case Dtype::BFloat16:
-      return store(__nv_bfloat16{});
-    case Dtype::Double:
-      return store(double{});
-    default:
-      return store(float{});
-  }
+  });
 }
 
 // The Dtype of an element type, and the size of an element.

@@ -90,12 +90,7 @@ __global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArgum
     sum += tile_sum;
   }
   CUDA_KERNEL_ASSERT(in_range);
-  if (arguments.partials != nullptr) {
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) {
-      arguments.partials[blockIdx.x] = sum;
-    }
-  }
+  store_block_sum(sum, arguments.partials);
 }
 
 }  // namespace cuda

@@ -206,12 +206,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<Input>>)
     }
   }
   CUDA_KERNEL_ASSERT(pass.in_range());
-  if (arguments.partials != nullptr) {
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) {
-      arguments.partials[blockIdx.x] = sum;
-    }
-  }
+  store_block_sum(sum, arguments.partials);
 }
 
 }  // namespace cuda

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,11 @@ from torch import Tensor
 
 import bce_ext
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+import reference  # noqa: E402  # the formulas in float64
+
+DOCUMENT = ROOT / "docs" / "accuracy.md"
 COUNT = 200_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Function = Callable[..., Tensor]
@@ -81,54 +86,13 @@ PROBABILITIES = [
     Range("q in (0, 1e-4), negatives", uniform(1e-9, 1e-4, torch.zeros_like)),
 ]
 FOCUSED = LOGITS[:6]  # beyond them the losses that are right underflow
+CLIP = 0.05
+_AT_CLIP = math.log(CLIP / (1 - CLIP))  # the logit whose probability is the clip
+BESIDE_CLIP = [
+    Range(f"x within {width:g} above the clip, negatives", uniform(_AT_CLIP, _AT_CLIP + width, torch.zeros_like))
+    for width in (1.0, 0.1, 0.01)
+]
 TAILS = [20.0, 50.0, 88.0, 100.0]
-
-
-def exact_with_logits(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient for labels of 0 and 1 in float64, each by the form in which nothing cancels."""
-    signed = torch.where(y > 0, -x, x)  # the loss is softplus of this
-    e = torch.exp(-signed.abs())
-    loss = torch.log1p(e) + signed.clamp(min=0)
-    gradient = torch.where(signed > 0, 1 / (1 + e), e / (1 + e))
-    return loss, torch.where(y > 0, -gradient, gradient)
-
-
-def exact_probabilities(q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    loss = torch.where(y > 0, -q.log(), -torch.log1p(-q))
-    return loss, (q - y) / ((1 - q) * q).clamp(min=1e-12)
-
-
-def exact_focal(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha 0.25, gamma 2."""
-    signed = torch.where(y > 0, -x, x)
-    u, rest = signed.sigmoid(), (-signed).sigmoid()
-    entropy = exact_with_logits(x, y)[0]
-    alpha = torch.where(y > 0, 0.25, 0.75)
-    gradient = alpha * u**2 * (u + 2 * entropy * rest)
-    return alpha * u**2 * entropy, torch.where(y > 0, -gradient, gradient)
-
-
-def exact_asymmetric(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma_neg 4, gamma_pos 1, clip 0.05, by the derivatives of autograd in float64."""
-    leaf = x.clone().requires_grad_()
-    clipped = (leaf.sigmoid() - 0.05).clamp(min=0)
-    of_positive = F.softplus(-leaf, threshold=1e3).clamp(max=-math.log(1e-8)) * (-leaf).sigmoid()
-    loss = torch.where(y > 0, of_positive, -torch.log1p(-clipped) * clipped**4)
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), gradient
-
-
-def ulp(expected: Tensor, dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(expected.abs().clamp(info.tiny, info.max))
-    return torch.ldexp(torch.full_like(expected, info.eps), exponent - 1)
-
-
-def errors(actual: Tensor, expected: Tensor) -> Tensor:
-    error = (actual.double() - expected).abs() / ulp(expected, actual.dtype)
-    return torch.where(
-        actual == expected.to(actual.dtype), error.nan_to_num(posinf=0.0).clamp(max=0.5), error
-    )  # overflow is right there
 
 
 def loss_and_gradient(function: Function, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +113,7 @@ def number(value: float) -> str:
 
 def table(
     ranges: list[Range],
-    exact: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    exact: Callable[..., reference.Terms],
     ours: Function,
     native: Function,
 ) -> Iterator[str]:
@@ -160,14 +124,15 @@ def table(
             generator = torch.Generator().manual_seed(0)
             values, labels = each.make(generator)
             input, target = values.to(dtype), labels.to(dtype)
-            keep = input.isfinite() & ((input < 1) | (labels > 0) if exact is exact_probabilities else True)
+            keep = input.isfinite() & ((input < 1) | (labels > 0) if exact is reference.probabilities else True)
             input, target = input[keep], target[keep]
-            expected = exact(input.double(), target.double())
+            terms = exact(input, target)
+            expected = (terms.loss, terms.grad_input)
             cells = []
             results = [loss_and_gradient(function, input, target) for function in (ours, native)]
             for index in range(2):
                 for result in results:
-                    error = errors(result[index], expected[index])
+                    error = reference.ulp_error(result[index], expected[index])
                     cells.append(f"{number(error.max().item())} ({number(error.mean().item())})")
             yield f"| {dtype_name} | {each.name} | {' | '.join(cells)} |"
 
@@ -195,15 +160,15 @@ def examples() -> Iterator[str]:
 
     for magnitude in TAILS:
         x, y = torch.tensor([-magnitude]), torch.tensor([0.0])
-        exact = exact_with_logits(x.double(), y.double())
+        exact = reference.with_logits(x, y)
         results = [loss_and_gradient(function, x, y) for function in (ours, native)]
         cells = [f"{result[0].item():.4g}" for result in results]
-        yield f"| float32, x = {-magnitude:g}, y = 0: loss | {exact[0].item():.4g} | {' | '.join(cells)} |"
+        yield f"| float32, x = {-magnitude:g}, y = 0: loss | {exact.loss.item():.4g} | {' | '.join(cells)} |"
         x, y = torch.tensor([magnitude]), torch.tensor([1.0])
-        exact = exact_with_logits(x.double(), y.double())
+        exact = reference.with_logits(x, y)
         results = [loss_and_gradient(function, x, y) for function in (ours, native)]
         cells = [f"{result[1].item():.4g}" for result in results]
-        yield f"| float32, x = {magnitude:g}, y = 1: gradient | {exact[1].item():.4g} | {' | '.join(cells)} |"
+        yield f"| float32, x = {magnitude:g}, y = 1: gradient | {exact.grad_input.item():.4g} | {' | '.join(cells)} |"
     for infinity, label, limit in ((-math.inf, 1.0, math.inf), (math.inf, 1.0, 0.0)):
         cells = [f"{function(torch.tensor([infinity]), torch.tensor([label])).item():g}" for function in (ours, native)]
         yield f"| float32, x = {infinity:g}, y = {label:g}: loss | {limit:g} | {' | '.join(cells)} |"
@@ -234,27 +199,29 @@ def document() -> str:
         "",
         *table(
             LOGITS,
-            exact_with_logits,
+            reference.with_logits,
             functional.binary_cross_entropy_with_logits,
             F.binary_cross_entropy_with_logits,
         ),
         "",
         "## binary_cross_entropy",
         "",
-        *table(PROBABILITIES, exact_probabilities, functional.binary_cross_entropy, F.binary_cross_entropy),
+        *table(PROBABILITIES, reference.probabilities, functional.binary_cross_entropy, F.binary_cross_entropy),
         "",
         "## sigmoid_focal_loss",
         "",
         "alpha 0.25, gamma 2. Native is torchvision's formula in the dtype of the row.",
         "",
-        *table(FOCUSED, exact_focal, functional.sigmoid_focal_loss, torchvision_focal),
+        *table(
+            FOCUSED, partial(reference.focal, alpha=0.25, gamma=2.0), functional.sigmoid_focal_loss, torchvision_focal
+        ),
         "",
         "## asymmetric_loss",
         "",
         "gamma_neg 4, gamma_pos 1, clip 0.05. Native is timm's formula in the dtype of the row. Where the probability of a",
         "negative is near clip, their difference has few places, and so have loss and gradient.",
         "",
-        *table(FOCUSED, exact_asymmetric, functional.asymmetric_loss, timm_asymmetric),
+        *table(FOCUSED + BESIDE_CLIP, reference.asymmetric, functional.asymmetric_loss, timm_asymmetric),
         "",
     ]
     return "\n".join(lines)

@@ -33,16 +33,9 @@ def torchvision_focal(
     return loss if reduction == "none" else loss.mean()
 
 
-def timm_asymmetric(
-    x: Tensor,
-    y: Tensor,
-    gamma_neg: float = 4,
-    gamma_pos: float = 1,
-    clip: float = 0.05,
-    eps: float = 1e-8,
-    reduction: str = "mean",
-) -> Tensor:
-    """AsymmetricLossMultiLabel of timm/loss/asymmetric_loss.py of 1.0.31."""
+def timm_asymmetric(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """AsymmetricLossMultiLabel of timm/loss/asymmetric_loss.py of 1.0.31, with its defaults."""
+    gamma_neg, gamma_pos, clip, eps = 4.0, 1.0, 0.05, 1e-8
     x_sigmoid = torch.sigmoid(x)
     xs_pos, xs_neg = x_sigmoid, 1 - x_sigmoid
     xs_neg = (xs_neg + clip).clamp(max=1)

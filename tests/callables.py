@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import reference
 import torch
-from reference import REDUCTION_NUMBER, REDUCTIONS, Terms, make_logits, make_probabilities
+from reference import REDUCTION_NUMBER, REDUCTIONS, Terms, Weight, make_logits, make_probabilities
 from torch import Tensor
 
 import bce_ext
 
 Loss = Callable[..., Tensor]
-Weight = Tensor | None
 
 
 def module(

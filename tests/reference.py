@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+Weight = Tensor | None
+
 REDUCTIONS = ("none", "mean", "sum")
 REDUCTION_NUMBER = {"none": 0, "mean": 1, "sum": 2}
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,7 +43,7 @@ def _float64(tensor: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like) if tensor is None else tensor.detach().to(like).expand_as(like)
 
 
-def with_logits(input: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> Terms:
+def with_logits(input: Tensor, target: Tensor, weight: Weight = None, pos_weight: Weight = None) -> Terms:
     x = input.detach().double()
     y, w, p = (_float64(tensor, x) for tensor in (target, weight, pos_weight))
     e = torch.exp(-x.abs())
@@ -61,7 +63,7 @@ def with_logits(input: Tensor, target: Tensor, weight: Tensor | None = None, pos
     )
 
 
-def probabilities(input: Tensor, target: Tensor, weight: Tensor | None = None) -> Terms:
+def probabilities(input: Tensor, target: Tensor, weight: Weight = None) -> Terms:
     q = input.detach().double()
     y, w = (_float64(tensor, q) for tensor in (target, weight))
     log_q, log_rest = q.log(), (-q).log1p()
@@ -78,12 +80,7 @@ def probabilities(input: Tensor, target: Tensor, weight: Tensor | None = None) -
 
 
 def focal(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
+    input: Tensor, target: Tensor, weight: Weight = None, pos_weight: Weight = None, *, alpha: float, gamma: float
 ) -> Terms:
     """torchvision's formula: ce * (1 - p_t)^gamma * alpha_t, with 1 - p as sigmoid(-x), and its derivatives by the product rule."""
     x = input.detach().double()
@@ -93,24 +90,16 @@ def focal(
     one_minus_p_t = prob * (1 - y) + rest * y
     alpha_t = torch.ones_like(y) if alpha < 0 else alpha * y + (1 - alpha) * (1 - y)
     alpha_slope = 0.0 if alpha < 0 else 2 * alpha - 1
-    return _focused(
-        ce,
-        w,
-        alpha_t,
-        alpha_slope,
-        one_minus_p_t,
-        (1 - 2 * y) * prob * rest,
-        rest - prob,
-        torch.full_like(y, gamma),
-        0.0,
-    )
+    by_input, by_target = (1 - 2 * y) * prob * rest, rest - prob
+    base = Base(one_minus_p_t, one_minus_p_t.abs(), by_input, by_input.abs(), by_target, by_target.abs())
+    return _focused(ce, w, (alpha_t, alpha_slope), base, (torch.full_like(y, gamma), 0.0))
 
 
 def asymmetric(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
+    weight: Weight = None,
+    pos_weight: Weight = None,
     gamma_neg: float = 4.0,
     gamma_pos: float = 1.0,
     clip: float = 0.05,
@@ -145,54 +134,49 @@ def asymmetric(
     factor_scale = y.abs() * rest + (1 - y).abs() * positive
     by_input = (1 - y) * torch.where(positive > clip, product, 0.0) - y * product
     gamma = gamma_pos * y + gamma_neg * (1 - y)
-    return _focused(
-        entropy,
-        w,
-        torch.ones_like(y),
-        0.0,
-        factor,
-        by_input,
-        rest - clipped,
-        gamma,
-        gamma_pos - gamma_neg,
-        factor_scale,
-        rest + positive,
-        product,
-        detach_focusing,
-    )
+    base = Base(factor, factor_scale, by_input, product, rest - clipped, rest + positive)
+    no_alpha = (torch.ones_like(y), 0.0)
+    return _focused(entropy, w, no_alpha, base, (gamma, gamma_pos - gamma_neg), detach_focusing)
+
+
+@dataclass
+class Base:
+    """What a focusing factor is a power of, and its derivatives, with their scales as in Terms."""
+
+    value: Tensor
+    scale: Tensor
+    by_input: Tensor
+    by_input_scale: Tensor
+    by_target: Tensor
+    by_target_scale: Tensor
 
 
 def _focused(
     entropy: Terms,
     w: Tensor,
-    alpha: Tensor,
-    alpha_slope: float,
-    u: Tensor,
-    u_by_input: Tensor,
-    u_by_target: Tensor,
-    gamma: Tensor,
-    gamma_slope: float,
-    u_scale: Tensor | None = None,
-    u_by_target_scale: Tensor | None = None,
-    u_by_input_scale: Tensor | None = None,
+    alpha: tuple[Tensor, float],
+    u: Base,
+    gamma: tuple[Tensor, float],
     detached: bool = False,
 ) -> Terms:
-    """w * alpha * entropy * u^gamma and its derivatives: what has no weight has no say, and u^(gamma - 1) has none where u is 0."""
+    """w * alpha * entropy * u^gamma and its derivatives, alpha and gamma with their slopes over the target: what has no weight has no say, and u^(gamma - 1)
+    has none where u is 0."""
 
     def powers(base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         safe = torch.where(base > 0, base, 1.0)
         is_zero = base <= 0
-        power = torch.where(is_zero, (gamma == 0).double(), safe**gamma)
-        return power, torch.where(is_zero, 0.0, gamma * safe ** (gamma - 1)), torch.where(is_zero, 0.0, safe.log())
+        exponent = gamma[0]
+        power = torch.where(is_zero, (exponent == 0).double(), safe**exponent)
+        slope = torch.where(is_zero, 0.0, exponent * safe ** (exponent - 1))
+        return power, slope, torch.where(is_zero, 0.0, safe.log())
 
     def terms(
         loss: Tensor, by_input: Tensor, by_target: Tensor, base: Tensor, du_dx: Tensor, du_dy: Tensor, magnitudes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         power, slope, log = powers(base)
+        (a, a_slope), g_slope = alpha, gamma[1]
         if magnitudes:
-            log, a_slope, g_slope, a = log.abs(), abs(alpha_slope), abs(gamma_slope), alpha.abs()
-        else:
-            a_slope, g_slope, a = alpha_slope, gamma_slope, alpha
+            log, a_slope, g_slope, a = log.abs(), abs(a_slope), abs(g_slope), a.abs()
         through = 0.0 if detached else 1.0
         focus_by_input = through * slope * du_dx
         focus_by_target = through * (slope * du_dy + g_slope * log * power)
@@ -200,15 +184,14 @@ def _focused(
         grad_target = _product(a_slope * power + a * focus_by_target, loss) + _product(a * power, by_target)
         return _product(a * power, loss), grad_input, grad_target
 
-    u_scale = u.abs() if u_scale is None else u_scale
-    values = terms(entropy.loss, entropy.grad_input, entropy.grad_target, u, u_by_input, u_by_target, False)
+    values = terms(entropy.loss, entropy.grad_input, entropy.grad_target, u.value, u.by_input, u.by_target, False)
     scales = terms(
         entropy.loss_scale,
         entropy.grad_input_scale,
         entropy.grad_target_scale,
-        u_scale,
-        u_by_input.abs() if u_by_input_scale is None else u_by_input_scale,
-        u_by_target.abs() if u_by_target_scale is None else u_by_target_scale,
+        u.scale,
+        u.by_input_scale,
+        u.by_target_scale,
         True,
     )
     loss, grad_input, grad_target = (_product(w, value) for value in values)

@@ -234,12 +234,16 @@ def test_timm_asymmetric_loss(
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_segmentation_models_focal_loss(device: str) -> None:
-    smp_losses = pytest.importorskip(
+def segmentation_models_losses() -> Any:
+    return pytest.importorskip(
         "segmentation_models_pytorch.losses",
         reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
         exc_type=ImportError,
     )
+
+
+def test_segmentation_models_focal_loss(device: str) -> None:
+    smp_losses = segmentation_models_losses()
     target = labels("hard", device)
     target[0] = -100
     theirs = smp_losses.FocalLoss("binary", alpha=0.25, gamma=2.0, ignore_index=-100)
@@ -250,11 +254,7 @@ def test_segmentation_models_focal_loss(device: str) -> None:
 
 @pytest.mark.parametrize("smooth_factor", [None, 0.1])
 def test_segmentation_models_ignored_and_smoothed(smooth_factor: float | None, device: str) -> None:
-    smp_losses = pytest.importorskip(
-        "segmentation_models_pytorch.losses",
-        reason="segmentation-models-pytorch and the torchvision that it needs are not installed",
-        exc_type=ImportError,
-    )
+    smp_losses = segmentation_models_losses()
     target = labels("hard", device)
     target[0] = -100
     theirs = smp_losses.SoftBCEWithLogitsLoss(ignore_index=-100, smooth_factor=smooth_factor)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
+from callables import CROSS_ENTROPIES, Member
 from reference import (
     BLOCK,
     CHUNK,
@@ -92,52 +93,22 @@ def assert_terms(
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_of_every_shape_and_dtype(
-    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: str
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES, ids=lambda loss: loss.name)
+def test_every_shape_and_dtype(
+    loss: Member, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: str
 ) -> None:
-    input, target = make_logits(shape, dtype, device), make_targets(shape, dtype, device)
-    expected = reduced(reference.with_logits(input, target), reduction)
-    loss, grad_input, grad_target = differentiated(
-        F.binary_cross_entropy_with_logits, input, target, reduction=reduction
-    )
-    assert loss.dtype == grad_input.dtype == dtype
-    assert_terms(loss, grad_input, grad_target, expected, arithmetic_dtype(dtype))
+    input, target = loss.make_input(shape, dtype, device), make_targets(shape, dtype, device)
+    expected = reduced(loss.terms(input, target), reduction)
+    value, grad_input, grad_target = differentiated(loss, input, target, reduction=reduction)
+    assert value.dtype == grad_input.dtype == dtype
+    assert_terms(value, grad_input, grad_target, expected, arithmetic_dtype(dtype))
     # Without a gradient for the target the loss and its gradient come out of one pass, without any gradient out of
     # another.
     alone = input.detach().requires_grad_()
-    loss_of_pass = F.binary_cross_entropy_with_logits(alone, target, reduction=reduction)
-    assert torch.equal(loss_of_pass, loss) or loss.isnan().all()
-    (grad_of_pass,) = torch.autograd.grad(loss_of_pass, alone, torch.ones_like(loss))
-    assert_rounded_once(
-        grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass"
-    )
-    assert_terms(
-        F.binary_cross_entropy_with_logits(input, target, reduction=reduction),
-        grad_input,
-        None,
-        expected,
-        arithmetic_dtype(dtype),
-    )
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOATING_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_probabilities_of_every_shape_and_dtype(
-    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: str
-) -> None:
-    input, target = make_probabilities(shape, dtype, device), make_targets(shape, dtype, device)
-    expected = reduced(reference.probabilities(input, target), reduction)
-    loss, grad_input, grad_target = differentiated(F.binary_cross_entropy, input, target, reduction=reduction)
-    assert loss.dtype == grad_input.dtype == dtype
-    assert_terms(loss, grad_input, grad_target, expected, arithmetic_dtype(dtype))
-    alone = input.detach().requires_grad_()
-    loss_of_pass = F.binary_cross_entropy(alone, target, reduction=reduction)
-    assert torch.equal(loss_of_pass, loss) or loss.isnan().all()
-    (grad_of_pass,) = torch.autograd.grad(loss_of_pass, alone, torch.ones_like(loss))
-    assert_rounded_once(
-        grad_of_pass, expected.grad_input, expected.grad_input_scale, arithmetic_dtype(dtype), what="one pass"
-    )
+    of_pass = loss(alone, target, reduction=reduction)
+    assert torch.equal(of_pass, value) or value.isnan().all()
+    (grad_of_pass,) = torch.autograd.grad(of_pass, alone, torch.ones_like(value))
+    assert_terms(loss(input, target, reduction=reduction), grad_of_pass, None, expected, arithmetic_dtype(dtype))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

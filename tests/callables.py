@@ -81,19 +81,51 @@ def probabilities_scripted(input: Tensor, target: Tensor, weight: Weight = None,
     return _scripted_probabilities(input, target, weight, REDUCTION_NUMBER[reduction])
 
 
+def focal(
+    input: Tensor, target: Tensor, weight: Weight = None, pos_weight: Weight = None, reduction: str = "mean"
+) -> Tensor:
+    return bce_ext.functional.sigmoid_focal_loss(
+        input, target, reduction=reduction, weight=weight, pos_weight=pos_weight
+    )
+
+
+def asymmetric(
+    input: Tensor, target: Tensor, weight: Weight = None, pos_weight: Weight = None, reduction: str = "mean"
+) -> Tensor:
+    return bce_ext.functional.asymmetric_loss(input, target, reduction=reduction, weight=weight, pos_weight=pos_weight)
+
+
+def optional(
+    input: Tensor, target: Tensor, weight: Weight = None, pos_weight: Weight = None, reduction: str = "mean"
+) -> Tensor:
+    """With every option that goes beyond native."""
+    options = {"label_smoothing": 0.1, "ignore_index": 1.0, "normalizer": 3.0 if reduction == "mean" else None}
+    return bce_ext.functional.binary_cross_entropy_with_logits(
+        input, target, weight, reduction=reduction, pos_weight=pos_weight, **options
+    )
+
+
 # Those that everything of torch can be applied to. TorchScript stands apart: it has exceptions and a profile of its own.
 PYTHON_WITH_LOGITS: tuple[Loss, ...] = (module, functional, function, operator)
 PYTHON_PROBABILITIES: tuple[Loss, ...] = (probabilities_module, probabilities_functional, probabilities_operator)
-PYTHON_LOSSES = PYTHON_WITH_LOGITS + PYTHON_PROBABILITIES
+WRAPPED: tuple[Loss, ...] = (focal, asymmetric, optional)  # of logits
+PYTHON_LOSSES = PYTHON_WITH_LOGITS + PYTHON_PROBABILITIES + WRAPPED
 WITH_LOGITS: tuple[Loss, ...] = (*PYTHON_WITH_LOGITS, scripted)
 PROBABILITIES: tuple[Loss, ...] = (*PYTHON_PROBABILITIES, probabilities_scripted)
 
 every_loss = pytest.mark.parametrize("loss", PYTHON_LOSSES, ids=lambda f: f.__name__)
+every_cross_entropy = pytest.mark.parametrize(
+    "loss", PYTHON_WITH_LOGITS + PYTHON_PROBABILITIES, ids=lambda f: f.__name__
+)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def make_input(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return (make_logits if loss in WITH_LOGITS else make_probabilities)(shape, dtype, device)
+    return (make_logits if takes_logits(loss) else make_probabilities)(shape, dtype, device)
+
+
+def takes_logits(loss: Loss) -> bool:
+    return loss in WITH_LOGITS + WRAPPED
 
 
 @dataclass(frozen=True)

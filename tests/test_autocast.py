@@ -6,7 +6,16 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from callables import PYTHON_PROBABILITIES, WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input
+from callables import (
+    PYTHON_PROBABILITIES,
+    WITH_LOGITS,
+    Loss,
+    every_cross_entropy,
+    every_loss,
+    every_reduction,
+    functional,
+    make_input,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,7 +23,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 @every_reduction
-@every_loss
+@every_cross_entropy
 @pytest.mark.parametrize(
     "target_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float64], ids=str
 )

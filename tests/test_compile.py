@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from callables import WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
+from callables import (
+    Loss,
+    every_loss,
+    every_reduction,
+    functional,
+    make_input,
+    probabilities_functional,
+    takes_logits,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -34,7 +42,7 @@ def make_batch(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     shape = (rows, 6)
     weights = {"weight": reference.make_weights((rows, 1), dtype, device)}
-    if loss in WITH_LOGITS:
+    if takes_logits(loss):
         weights["pos_weight"] = reference.make_weights((6,), dtype, device)
     return make_input(loss, shape, dtype, device), reference.make_targets(shape, dtype, device), weights
 

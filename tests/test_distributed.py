@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from callables import CROSS_ENTROPIES, EVERY_FORMULA, Member
 from torch import Tensor
 
 import bce_ext
@@ -45,14 +47,19 @@ def make_batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(model: torch.nn.Module, share: slice) -> list[float]:
-    """SGD with both losses; returns the losses of the share of each batch."""
+    """SGD with every loss; returns the losses of the share of each batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with_logits = bce_ext.BCEWithLogitsLoss(pos_weight=torch.linspace(0.5, 2, CLASSES))
     probabilities = bce_ext.BCELoss()
+    focal = bce_ext.SigmoidFocalLoss(label_smoothing=0.1)
+    asymmetric = bce_ext.AsymmetricLoss(ignore_index=-100)
     losses = []
     for input, target in make_batches():
         logits = model(input[share])
-        loss = with_logits(logits, target[share]) + probabilities(logits.sigmoid(), target[share])
+        own = target[share]
+        loss = with_logits(logits, own) + probabilities(logits.sigmoid(), own) + focal(logits, own)
+        # A mean over all elements: the processes ignore different numbers of them.
+        loss = loss + asymmetric(logits, torch.where(own < 0.3, -100.0, own), torch.tensor(float(own.numel())))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,13 +94,46 @@ def fsdp() -> Any:
     return losses, [parameter.full_tensor().detach() for parameter in model.parameters()]  # type: ignore[operator]
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignoring": {"ignore_index": 1.0},
+    "normalized": {"normalizer": 7.0},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int]
+    dim: int
+    loss: Member
+    reduction: str
+    weights: str
+    options: str
+
+    def __str__(self) -> str:
+        words = (self.shape, self.dim, self.loss.name, self.reduction, self.weights, self.options)
+        return "-".join(map(str, words))
+
+
+EVEN, UNEVEN, EMPTY = (6, 4), (5, 3), (1, 3)  # the shards, where they are of the first dimension
+REDUCTIONS = ("none", "mean", "sum")
 DTENSOR_CASES = [
-    (shape, dim, formula, reduction, weights)
-    for shape in ((6, 4), (5, 3), (1, 3))  # even shards, uneven shards, an empty shard
+    Case(shape, dim, loss, reduction, weights, "plain")
+    for shape in (EVEN, UNEVEN, EMPTY)
     for dim in (0, 1)
-    for formula in ("with_logits", "probabilities")
-    for reduction in ("none", "mean", "sum")
+    for loss in CROSS_ENTROPIES
+    for reduction in REDUCTIONS
     for weights in ("none", "class", "full", "scalar")
+]
+DTENSOR_CASES += [
+    Case(shape, dim, loss, reduction, "class", options)
+    for shape in (EVEN, UNEVEN, EMPTY)
+    for dim in (0, 1)
+    for loss in EVERY_FORMULA
+    for options in OPTIONS
+    for reduction in (("mean",) if options == "normalized" else REDUCTIONS)
+    if not (options == "plain" and loss in CROSS_ENTROPIES)
 ]
 
 
@@ -105,41 +145,38 @@ def dtensor() -> Any:
 
     mesh = init_device_mesh("cpu", (WORLD,))
     results = []
-    for shape, dim, formula, reduction, weights in DTENSOR_CASES:
+    for case in DTENSOR_CASES:
         torch.manual_seed(0)
-        input, target = torch.rand(shape), torch.rand(shape)
+        shape = case.shape
+        input, target = torch.rand(shape), (1.5 * torch.rand(shape)).clamp(max=1)
         weight = {"none": None, "class": torch.rand(shape[1:]), "full": torch.rand(shape), "scalar": torch.rand(())}[
-            weights
+            case.weights
         ]
-        name = "weight" if formula == "probabilities" else "pos_weight"
-        function = (
-            bce_ext.functional.binary_cross_entropy
-            if formula == "probabilities"
-            else bce_ext.functional.binary_cross_entropy_with_logits
-        )
+        name = "pos_weight" if case.loss.of_logits else "weight"
+        arguments = {"reduction": case.reduction, **OPTIONS[case.options]}
 
-        leaves = [input.requires_grad_(), target.requires_grad_(weights == "full")]
+        leaves = [input.requires_grad_(), target.requires_grad_(case.weights == "full")]
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        expected = function(input, target, reduction=reduction, **{name: weight})
+        expected = case.loss(input, target, **{name: weight}, **arguments)
         expected_gradients = torch.autograd.grad(expected.sum(), leaves)
 
         sharded = [
-            distribute_tensor(each.detach(), mesh, [Shard(dim)]).requires_grad_(each.requires_grad)
+            distribute_tensor(each.detach(), mesh, [Shard(case.dim)]).requires_grad_(each.requires_grad)
             for each in (input, target)
         ]
         sharded_weight = None if weight is None else distribute_tensor(weight, mesh, [Replicate()])
         sharded_leaves = [leaf for leaf in sharded if leaf.requires_grad]
         with CommDebugMode() as communication:
-            actual = function(*sharded, reduction=reduction, **{name: sharded_weight})
+            actual = case.loss(*sharded, **{name: sharded_weight}, **arguments)
             gradients = torch.autograd.grad(actual.sum(), sharded_leaves)
         assert isinstance(actual, DTensor)
-        torch.testing.assert_close(actual.full_tensor(), expected.detach())
+        torch.testing.assert_close(actual.full_tensor(), expected.detach(), equal_nan=True)
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(gradient.full_tensor(), expected_gradient)
         for no_graph in (torch.no_grad, torch.inference_mode):
             with no_graph():
-                again = function(*sharded, reduction=reduction, **{name: sharded_weight})
-                torch.testing.assert_close(again.full_tensor(), expected.detach())
+                again = case.loss(*sharded, **{name: sharded_weight}, **arguments)
+                torch.testing.assert_close(again.full_tensor(), expected.detach(), equal_nan=True)
         results.append(
             (
                 str(actual.placements),
@@ -255,16 +292,18 @@ def test_training_matches_one_process(name: str, outcomes: dict[str, list[Any]])
         torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("index", range(len(DTENSOR_CASES)), ids=lambda i: "-".join(map(str, DTENSOR_CASES[i])))
-def test_dtensor_is_not_gathered(index: int, outcomes: dict[str, list[Any]]) -> None:
-    """The loss is a partial sum, the gradient is sharded as the input, and nothing but the loss is communicated."""
-    _, dim, _, reduction, _ = DTENSOR_CASES[index]
+@pytest.mark.parametrize(("index", "case"), list(enumerate(DTENSOR_CASES)), ids=str)
+def test_dtensor_is_not_gathered(index: int, case: Case, outcomes: dict[str, list[Any]]) -> None:
+    """The loss is a partial sum, the gradient is sharded as the input, and nothing but the number of ignored elements is communicated."""
     for rank in outcomes["dtensor"]:
         assert not isinstance(rank, str), rank
         loss_placement, gradient_placements, communication = rank[index]
-        assert loss_placement == (f"(Shard(dim={dim}),)" if reduction == "none" else "(Partial(sum),)")
-        assert all(placement == f"(Shard(dim={dim}),)" for placement in gradient_placements)
-        assert not communication
+        assert loss_placement == (f"(Shard(dim={case.dim}),)" if case.reduction == "none" else "(Partial(sum),)")
+        assert all(placement == f"(Shard(dim={case.dim}),)" for placement in gradient_placements)
+        if case.reduction == "mean" and case.options == "ignoring":
+            assert list(communication) == ["c10d_functional.all_reduce"]
+        else:
+            assert not communication
 
 
 def test_native_dtensor(outcomes: dict[str, list[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from callables import Member, every_formula
 from torch import Tensor
 
 import bce_ext
 import bce_ext.functional as F
+
+LOGITS = "binary_cross_entropy_with_logits"
+OPTIONS = {"label_smoothing": 0.1, "ignore_index": 255}
 
 NUMEL = 16 * 2**20
 MIB = 2**20
@@ -22,12 +27,14 @@ SLACK = 2 * MIB
 # starts what is needed once: threads, their stacks, the autograd engine. Then the peak is reset, and read after the
 # run.
 MEASURE = """
+import functools
+import json
 import sys
 import torch
 import bce_ext
 
-function, input_dtype, target_dtype, reduction, mode = sys.argv[1:]
-loss_function = getattr(bce_ext.functional, function)
+function, input_dtype, target_dtype, reduction, mode, options = sys.argv[1:]
+loss_function = functools.partial(getattr(bce_ext.functional, function), **json.loads(options))
 
 
 def status(key):
@@ -62,10 +69,12 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 """.replace("NUMEL", str(NUMEL))
 
 
-def measure(function: str, input_dtype: str, target_dtype: str, reduction: str, mode: str) -> tuple[int, int]:
+def measure(
+    function: str, input_dtype: str, target_dtype: str, reduction: str, mode: str, options: dict[str, Any]
+) -> tuple[int, int]:
     """Bytes beyond the inputs: at the peak, and afterwards, with the loss and its graph still alive."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", MEASURE, function, input_dtype, target_dtype, reduction, mode]
+    command = [sys.executable, "-c", MEASURE, function, input_dtype, target_dtype, reduction, mode, json.dumps(options)]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     peak, after = map(int, output.split())
     return peak, after
@@ -73,36 +82,26 @@ def measure(function: str, input_dtype: str, target_dtype: str, reduction: str, 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(
-    ("function", "input_dtype", "target_dtype", "reduction", "mode", "outputs"),
+    ("function", "input_dtype", "target_dtype", "reduction", "mode", "outputs", "options"),
     [
         # (the outputs, in bytes an element: the gradient, and the loss for none)
-        pytest.param("binary_cross_entropy_with_logits", "float32", "float32", "mean", "backward", 4, id="mean"),
-        pytest.param("binary_cross_entropy", "float32", "float32", "mean", "backward", 4, id="mean of probabilities"),
+        pytest.param(LOGITS, "float32", "float32", "mean", "backward", 4, {}, id="mean"),
+        pytest.param("binary_cross_entropy", "float32", "float32", "mean", "backward", 4, {}, id="of probabilities"),
+        pytest.param(LOGITS, "bfloat16", "bool", "sum", "backward", 2, {}, id="sum, bfloat16 and bool"),
+        pytest.param(LOGITS, "float16", "int64", "mean", "backward", 2, {}, id="mean, float16 and int64"),
+        pytest.param(LOGITS, "float32", "float32", "none", "forward", 4, {}, id="none keeps its inputs only"),
+        pytest.param(LOGITS, "float32", "float32", "none", "backward", 8, {}, id="none"),
+        pytest.param(LOGITS, "float32", "bool", "mean", "no_grad", 0, {}, id="no_grad allocates nothing"),
         pytest.param(
-            "binary_cross_entropy_with_logits", "bfloat16", "bool", "sum", "backward", 2, id="sum, bfloat16 and bool"
+            "sigmoid_focal_loss", "float32", "uint8", "mean", "backward", 4, OPTIONS, id="focal, with options"
         ),
-        pytest.param(
-            "binary_cross_entropy_with_logits", "float16", "int64", "mean", "backward", 2, id="mean, float16 and int64"
-        ),
-        pytest.param(
-            "binary_cross_entropy_with_logits",
-            "float32",
-            "float32",
-            "none",
-            "forward",
-            4,
-            id="none keeps its inputs only",
-        ),
-        pytest.param("binary_cross_entropy_with_logits", "float32", "float32", "none", "backward", 8, id="none"),
-        pytest.param(
-            "binary_cross_entropy_with_logits", "float32", "bool", "mean", "no_grad", 0, id="no_grad allocates nothing"
-        ),
+        pytest.param("asymmetric_loss", "bfloat16", "bool", "mean", "backward", 2, {}, id="asymmetric"),
     ],
 )
 def test_peak_memory_beyond_the_inputs(
-    function: str, input_dtype: str, target_dtype: str, reduction: str, mode: str, outputs: int
+    function: str, input_dtype: str, target_dtype: str, reduction: str, mode: str, outputs: int, options: dict[str, Any]
 ) -> None:
-    peak, after = measure(function, input_dtype, target_dtype, reduction, mode)
+    peak, after = measure(function, input_dtype, target_dtype, reduction, mode, options)
     expected = outputs * NUMEL
     assert peak <= expected + SLACK, f"{peak / MIB:.1f} MiB at the peak, expected {expected / MIB:.1f}"
     # The measurement itself sees what is there.
@@ -139,16 +138,20 @@ def saved_tensors(loss_function: Any, *args: Any, **kwargs: Any) -> list[Tensor]
     return saved
 
 
-@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
+@every_formula
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bool, torch.int64], ids=str)
-def test_nothing_is_saved_but_the_inputs(target_dtype: torch.dtype, reduction: str, name: str, device: str) -> None:
+def test_nothing_is_saved_but_the_inputs(
+    target_dtype: torch.dtype, reduction: str, loss: Member, options: dict[str, Any], device: str
+) -> None:
     input = torch.full((5, 37), 0.3, device=device, requires_grad=True)
     target, weight = torch.ones(5, 37, device=device).to(target_dtype), torch.ones(37, device=device)
-    saved = saved_tensors(getattr(F, name), input, target, weight=weight, reduction=reduction)
+    saved = saved_tensors(loss, input, target, weight=weight, reduction=reduction, **options)
     assert saved
     own = {tensor.data_ptr() for tensor in (input, target, weight)}
-    assert {tensor.data_ptr() for tensor in saved} <= own
+    # A mean that ignores elements keeps their number.
+    assert {tensor.data_ptr() for tensor in saved if tensor.dim() > 0} <= own
 
 
 def test_the_function_saves_nothing_but_the_inputs(device: str) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from callables import WITH_LOGITS, Loss, every_loss, every_reduction, functional, make_input, probabilities_functional
+from callables import (
+    WITH_LOGITS,
+    Loss,
+    every_cross_entropy,
+    every_reduction,
+    functional,
+    make_input,
+    probabilities_functional,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,7 +47,7 @@ def labels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 @every_reduction
-@every_loss
+@every_cross_entropy
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("target_dtype", INTEGERS + FLOATS + FLOAT8, ids=str)
 def test_every_target_dtype(

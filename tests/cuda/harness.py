@@ -6,8 +6,9 @@ import pathlib
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ SOLVE, SCALE, COUNT = range(3)
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 Array = NDArray[Any]
+Key = TypeVar("Key")
 
 
 def itemsize(dtype: str) -> int:
@@ -183,6 +185,12 @@ def build(
     command += ["-I", str(HERE / "shim"), "-I", str(csrc), str(HERE / source), "-o", str(program)]
     subprocess.run(command, check=True)
     return program
+
+
+def build_all(builds: Mapping[Key, tuple[Any, ...]]) -> dict[Key, pathlib.Path]:
+    """As many at a time as there are cores. The values are the arguments of build."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(builds, pool.map(lambda arguments: build(*arguments), builds.values()), strict=True))
 
 
 def has_compiler() -> bool:

@@ -255,9 +255,9 @@ FAULTS = {
         "position.offset += 0 * factor.outer_stride",
     ),
     "barrier in a branch": (
-        "vector_kernel.cuh",
-        "    sum = block_sum(sum);",
-        "    if (threadIdx.x != 77) sum = block_sum(sum);",
+        "block_reduce.cuh",
+        "  value = block_sum(value);",
+        "  if (threadIdx.x != 77) value = block_sum(value);",
     ),
 }
 
@@ -276,10 +276,8 @@ def cases_for_faults() -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_planted_faults_are_found(fault: str | None, tmp_path: pathlib.Path) -> None:
-    """Each of these mistakes, planted into a copy of the kernels, must make the checks above fail."""
-    csrc = tmp_path / "csrc"
+def plant(fault: str | None, csrc: pathlib.Path) -> None:
+    """A copy of the kernels with a fault in it."""
     shutil.copytree(harness.CSRC, csrc)
     if fault is not None:
         name, text, replacement = FAULTS[fault]
@@ -291,9 +289,24 @@ def test_planted_faults_are_found(fault: str | None, tmp_path: pathlib.Path) -> 
     solve, cut = re.subn(r"(try_targets<Formula, (\w+), )[\w, ]+>", r"\1\2>", solve)
     assert cut == len(FLOATING)
     (csrc / "cuda" / "solve.cuh").write_text(solve)
-    program = harness.build(tmp_path, ["-O0", "-fsanitize=alignment", "-fno-sanitize-recover=all"], csrc)
+
+
+@pytest.fixture(scope="module")
+def faulty_programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, pathlib.Path]:
+    flags = ["-O0", "-fsanitize=alignment", "-fno-sanitize-recover=all"]
+    builds = {}
+    for fault in (None, *FAULTS):
+        directory = tmp_path_factory.mktemp("fault")
+        plant(fault, directory / "csrc")
+        builds[fault] = (directory, flags, directory / "csrc")
+    return harness.build_all(builds)
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_found(fault: str | None, faulty_programs: dict[str | None, pathlib.Path]) -> None:
+    """Each of these mistakes must make the checks above fail."""
     if fault is None:
-        check(program, cases_for_faults())
+        check(faulty_programs[fault], cases_for_faults())
     else:
         with pytest.raises((AssertionError, harness.KernelError)):
-            check(program, cases_for_faults())
+            check(faulty_programs[fault], cases_for_faults())

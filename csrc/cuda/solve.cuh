@@ -173,7 +173,7 @@ int64_t try_vector_kernels(const Problem& problem, double* partials, int64_t max
 template <template <typename> typename Formula, typename Launch>
 int64_t launch_generic_kernel(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
   const int64_t blocks = num_blocks(problem.numel, kGenericTile, max_blocks);
-  with_floating_type(grad.dtype, [&](auto zero) {
+  const auto launch_typed = [&](auto zero) {
     using C = decltype(zero);
     GenericArguments<Formula<C>, C> arguments(problem);
     arguments.partials = partials;
@@ -181,6 +181,69 @@ int64_t launch_generic_kernel(const Problem& problem, double* partials, int64_t 
       arguments.sizes[d] = Divider(problem.sizes[d]);
     }
     launch(generic_kernel<Formula<C>, C>, blocks, kThreads, arguments);
+  };
+  if (problem.compute_in_double) {
+    launch_typed(double{});
+  } else {
+    launch_typed(float{});
+  }
+  return blocks;
+}
+
+template <template <typename> typename Formula, typename Launch>
+int64_t launch_pass(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  if (problem.numel == 0) {
+    return 0;
+  }
+  const int64_t blocks = try_vector_kernels<Formula>(problem, partials, max_blocks, launch);
+  return blocks >= 0 ? blocks : launch_generic_kernel<Formula>(problem, partials, max_blocks, launch);
+}
+
+template <typename Launch>
+int64_t launch_formula(const Problem& problem, double* partials, int64_t max_blocks, const Launch& launch) {
+  switch (problem.formula) {
+    case Formula::Probabilities:
+      return launch_pass<Probabilities>(problem, partials, max_blocks, launch);
+    case Formula::Focal:
+      return launch_pass<Focal>(problem, partials, max_blocks, launch);
+    case Formula::Asymmetric:
+      return launch_pass<Asymmetric>(problem, partials, max_blocks, launch);
+    default:
+      return launch_pass<WithLogits>(problem, partials, max_blocks, launch);
+  }
+}
+
+// The partial sums that a problem can have at most: the smallest tile is that of vectors of two elements.
+inline int64_t max_partials(int64_t numel, int64_t max_blocks = kMaxBlocks) {
+  return num_blocks(numel, kTile<double, double, true>, max_blocks);
+}
+
+// Solves a problem. When it asks for a sum, `total` receives it, divided by the divisor and the normalizer, and
+// `partials` has room for max_partials(numel) values.
+template <typename Launch>
+void solve(const Problem& problem, double* partials, const Output& total, const Launch& launch,
+           int64_t max_blocks = kMaxBlocks) {
+  if (!problem.reduce) {
+    partials = nullptr;
+  }
+  const int64_t blocks = launch_formula(problem, partials, max_blocks, launch);
+  if (problem.reduce) {
+    launch(final_sum_kernel, 1, kSumThreads, partials, blocks, problem.divisor, problem.normalizer, total);
+  }
+}
+
+// grad *= grad_output, see scale_kernel.
+template <typename Launch>
+void scale_grad(const Output& grad, int64_t numel, const void* grad_output, Dtype grad_output_dtype,
+                const Launch& launch, int64_t max_blocks = kMaxBlocks) {
+  if (numel == 0) {
+    return;
+  }
+  with_floating_type(grad.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int64_t kTileSize = kThreads * kVectorBytes / sizeof(T);
+    launch(scale_kernel<T>, num_blocks(numel, kTileSize, max_blocks), kThreads, static_cast<T*>(grad.data), numel,
+           grad_output, grad_output_dtype);
   });
 }
 

@@ -6,7 +6,6 @@ import sys
 import harness
 import pytest
 
-
 FLAGS = {"plain": (), "sanitized": harness.SANITIZE}
 
 

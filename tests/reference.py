@@ -117,7 +117,7 @@ def asymmetric(
     of_0 = -torch.log1p(-(positive - clip).clamp(min=0))
     of_0 = torch.where(negative < 0.5, -negative.clamp(min=eps).log(), of_0)
     product = positive * rest
-    is_free = (negative < 1) & (negative >= eps)
+    is_free = (positive > clip) & (negative >= eps)
     slope_of_1 = torch.where(positive < eps, 0.0, -rest)
     slope_of_0 = torch.where(is_free, product / negative.clamp(min=eps), 0.0)
     softplus = torch.logaddexp(x, torch.zeros_like(x))

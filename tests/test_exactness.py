@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from callables import Member, every_focused
 from reference import ulp_error
 from torch import Tensor
 
@@ -275,6 +276,43 @@ def test_soft_labels_err_by_little_of_the_larger_term(
     reference.assert_rounded_once(
         grad_target, expected.grad_target, expected.grad_target_scale, arithmetic, what="grad_target"
     )
+
+
+def focused_logits(loss: Member, dtype: torch.dtype) -> Tensor:
+    """Both tails until nothing is left, and the logits above the one whose probability is the clip."""
+    magnitudes = torch.cat([torch.linspace(0, 110, 20_001), torch.logspace(-40, 3, 2_001)])
+    parts = [magnitudes, -magnitudes]
+    if clip := loss.parameters.get("clip", 0.0):
+        parts.append(math.log(clip / (1 - clip)) + torch.logspace(-6, 1, 5_001, dtype=torch.float64))
+    return torch.cat(parts).to(dtype)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_focused
+def test_focusing_keeps_the_digits_of_hard_labels(loss: Member, dtype: torch.dtype, label: float, device: str) -> None:
+    """In float32, rounded once to half precision."""
+    input = focused_logits(loss, dtype).to(device)
+    target = torch.full_like(input, label)
+    expected = loss.terms(input, target)
+    leaf = input.clone().requires_grad_()
+    value = loss(leaf, target, reduction="none")
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    # A negative's probability less the clip has an error relative to the probability.
+    probability, clip = input.double().sigmoid(), loss.parameters.get("clip", 0.0) * (1 - label)
+    condition = torch.where(probability > clip, probability / (probability - clip), 1.0)
+    bound = loss.ulps * condition
+    if dtype != torch.float32:
+        bound = 1 + bound * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+    info = torch.finfo(torch.float32)
+    subnormal = 1024 * info.tiny * info.eps  # factors of the result may be subnormal numbers
+    for actual, truth, what in ((value.detach(), expected.loss, "loss"), (gradient, expected.grad_input, "gradient")):
+        error = (actual.double() - truth).abs() / (bound * reference.ulp(truth, dtype) + subnormal)
+        error = torch.where(actual.isinf() & (actual == truth.to(dtype)), 0.0, error)
+        worst = int(error.argmax())
+        assert error[worst] <= 1, (
+            f"{what} at {input[worst].item()!r}: {actual[worst].item()!r}, expected {truth[worst].item()!r}"
+        )
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])

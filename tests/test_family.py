@@ -33,7 +33,6 @@ from reference import (
     make_targets,
     make_weights,
     reduced,
-    ulp_error,
 )
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -169,35 +168,6 @@ def test_every_layout(loss: Member, layout: str, device: str) -> None:
 
 
 # ---- exactness ----
-
-
-def saturating_logits(dtype: torch.dtype) -> Tensor:
-    magnitudes = torch.cat([torch.linspace(0, 110, 40_001), torch.logspace(-40, 3, 4_001)])
-    return torch.cat([magnitudes, -magnitudes]).to(dtype)
-
-
-# In ULP of the result, at every logit whose result is a normal number. float16 and bfloat16 round once.
-MAX_ULP = {torch.float32: lambda gamma: 8 + 4 * gamma, torch.bfloat16: lambda _: 1.0, torch.float16: lambda _: 1.0}
-
-
-@pytest.mark.parametrize("label", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", MAX_ULP, ids=str)
-@pytest.mark.parametrize("loss", FOCAL, ids=lambda loss: loss.name)
-def test_hard_labels_are_exact_at_every_logit(loss: Member, dtype: torch.dtype, label: float, device: str) -> None:
-    input = saturating_logits(dtype).to(device)
-    target = torch.full_like(input, label)
-    expected = loss.terms(input, target)
-    value, gradient = one_pass(loss, input, target, reduction="none")
-    for actual, truth, what in ((value, expected.loss, "loss"), (gradient, expected.grad_input, "gradient")):
-        normal = truth.abs() >= torch.finfo(torch.float32).tiny
-        error = torch.where(normal, ulp_error(actual, truth), 0.0)
-        worst = int(error.argmax())
-        bound = MAX_ULP[dtype](loss.parameters["gamma"])
-        assert error[worst] <= bound, (
-            f"{what} at {input[worst].item()!r}: {actual[worst].item()!r}, {truth[worst].item()!r}"
-        )
-        tiny = torch.where(normal, 0.0, (actual.double() - truth).abs())
-        assert tiny.max() <= 2 * torch.finfo(torch.float32).tiny
 
 
 SATURATED = [0.0, 1e-40, 1.0, 17.0, 40.0, 88.0, 88.8, 100.0, 104.0, 1e4, 1e30, torch.inf]
@@ -442,7 +412,7 @@ def test_the_number_of_threads_does_not_matter(loss: Member, reduction: str) -> 
 def test_every_instruction_set_keeps_the_same_bounds(capability: str) -> None:
     if capability == "avx2" and not torch.cpu._is_avx2_supported():
         pytest.skip("this machine has no AVX2")
-    names = "test_every_parameter or test_hard_labels"
+    names = "test_every_parameter"
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", f"cpu and ({names})"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "BCE_EXT_TEST_CAPABILITY": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

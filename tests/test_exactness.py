@@ -280,15 +280,15 @@ def test_soft_labels_err_by_little_of_the_larger_term(
 
 def focused_logits(loss: Member, dtype: torch.dtype) -> Tensor:
     """Both tails until nothing is left, and the logits above the one whose probability is the clip."""
-    magnitudes = torch.cat([torch.linspace(0, 110, 20_001), torch.logspace(-40, 3, 2_001)])
+    magnitudes = torch.cat([torch.linspace(0, 110, 5_001), torch.logspace(-40, 3, 1_001)])
     parts = [magnitudes, -magnitudes]
     if clip := loss.parameters.get("clip", 0.0):
-        parts.append(math.log(clip / (1 - clip)) + torch.logspace(-6, 1, 5_001, dtype=torch.float64))
+        parts.append(math.log(clip / (1 - clip)) + torch.logspace(-6, 1, 2_001, dtype=torch.float64))
     return torch.cat(parts).to(dtype)
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_focused
 def test_focusing_keeps_the_digits_of_hard_labels(loss: Member, dtype: torch.dtype, label: float, device: str) -> None:
     """In float32, rounded once to half precision."""

@@ -248,6 +248,10 @@ def test_the_module_owns_the_layer(device: str) -> None:
     torch.testing.assert_close(module(input, target), expected)
     without = bce_ext.LinearBCEWithLogitsLoss(4, 6, bias=False)
     assert without.linear.bias is None
+    normalized = bce_ext.LinearBCEWithLogitsLoss(4, 6, normalizer=9.0, device=device, dtype=torch.float64)
+    summed = bce_ext.BCEWithLogitsLoss(reduction="sum")(normalized.linear(input), dense)
+    torch.testing.assert_close(normalized(input, target), summed / 9)
+    torch.testing.assert_close(normalized(input, target, torch.tensor(3.0)), summed / 3)
     assert "reduction='mean'" in repr(without)
 
 

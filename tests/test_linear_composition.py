@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from linear_cases import KINDS, make_case, plain
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bce_ext
@@ -270,6 +271,38 @@ def test_scripted(device: str) -> None:
 
     case = make_case(*BLOCKS, bias=False, device=device)
     same(function(*case.leaves(), case.target), plain(case.leaves(), case.dense, reduction="sum"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "class indices"])
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_traced(shape: tuple[int, int, int], kind: str, device: str) -> None:
+    case, other = (make_case(*shape, kind, device=device, seed=seed) for seed in (0, 1))
+    traced = torch.jit.trace(F.linear_binary_cross_entropy_with_logits, (case.input, case.linear_weight, case.target))
+    expected = F.linear_binary_cross_entropy_with_logits(other.input, other.linear_weight, other.target)
+    same(traced(other.input, other.linear_weight, other.target), expected)
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_small_problem_is_the_two_calls(reduction: str, device: str) -> None:
+    case = make_case(*SMALL, device=device)
+    with Called() as ours:
+        loss_of(case.target, reduction=reduction)(*case.leaves()).sum().backward()
+    with Called() as theirs:
+        logits = torch.nn.functional.linear(*case.leaves())
+        F.binary_cross_entropy_with_logits(logits, case.target, reduction=reduction).sum().backward()
+    assert ours.names == theirs.names
 
 
 def test_deterministic_mode(device: str) -> None:

@@ -220,6 +220,10 @@ Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
   return dense;
 }
 
+bool has_dtype_of(const OptionalTensor& tensor, const Tensor& input) {
+  return is_defined(tensor) && tensor->scalar_type() == input.scalar_type();
+}
+
 // Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
 bool is_small(c10::SymIntArrayRef logits_size) {
   const auto numel = c10::multiply_integers(logits_size).maybe_as_int();
@@ -236,7 +240,8 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_layer(input, linear_weight, linear_bias, target);
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
-  if (is_defined(linear_weight) && target.layout() == at::kStrided && is_small(size)) {
+  if (has_dtype_of(linear_weight, input) && (!is_defined(linear_bias) || has_dtype_of(linear_bias, input)) &&
+      target.layout() == at::kStrided && is_small(size)) {
     // What a call costs is most of the time of a small problem.
     const bool has_class_indices = are_class_indices(target, input);
     if (has_class_indices) check_class_indices(target, size.back());

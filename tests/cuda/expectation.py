@@ -50,7 +50,7 @@ def _with_logits(case: Case, x: Array, y: Array, p: Array) -> Terms:
 
 def _probabilities(case: Case, x: Array, y: Array, p: Array) -> Terms:
     log_x, log_rest = np.maximum(np.log(x), -100), np.maximum(np.log1p(-x), -100)
-    denominator = np.maximum((1 - x) * x, 1e-12)
+    denominator = np.maximum((1 - x) * x, float(np.float32(1e-12)))  # native has it as a float32
     return Terms(
         loss=-(y * log_x + (1 - y) * log_rest),
         loss_scale=np.abs(y * log_x) + np.abs((1 - y) * log_rest),

@@ -49,7 +49,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "class index beyond int64": (
         {"target": torch.tensor([0, 2**64 - 1, 1], dtype=torch.uint64)},
         IndexError,
-        "number of labels (5), but one is 1.8",
+        "number of labels (5), but one is 18446744073709551615",
     ),
     "target of another device": ({"target": Y.to("meta")}, RuntimeError, "target on the device of input"),
     "weight of another device": ({"linear_weight": W.to("meta")}, RuntimeError, "linear_weight on the device"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from cases import Case, candidates
-from report import Row, timing_rows
+from report import Row, case_row
 from terminal import print_table, track
 from timing import Candidate, measure
 
@@ -52,11 +52,8 @@ def run_limit(device: str, threads: int, seconds: float, min_rounds: int) -> lis
         limit = moved * seconds_of_a_byte
         over_sum = ours / timings["sum"].median if case.mode == "full" else None
         lines.append([name, moved / case.numel, timings["ours"], f"{limit * 1e3:.3g} ms", ours / limit, over_sum])
-        rows += [
-            {"path": name, **row, "bytes": moved, "limit_seconds": limit, "over_limit": ours / limit}
-            for row in timing_rows(case, {"native": timings["ours"], **timings})
-            if row["implementation"] == "ours"
-        ]
+        measured = {**asdict(timings["ours"]), "bytes": moved, "limit_seconds": limit, "over_limit": ours / limit}
+        rows.append({"path": name, **case_row(case, "ours"), **measured})
     print_table(
         f"Against the memory, {threads} threads: medians [20 %, 80 % quantiles]",
         ("path", "bytes an element", "forward + backward", "its bytes, at the speed of add", "over that", "over sum"),

@@ -41,7 +41,7 @@ BCE_EXT_HOST_DEVICE T times(T weight, T value) {
 // Multiplies terms by the weight of the element, where 0 * infinity is 0: an element without weight has no say.
 // `scale` is that of the gradients. In place, as compilers leave copies of packs in memory.
 template <typename T, typename Weight>
-BCE_EXT_HOST_DEVICE void multiply(Terms<T>& terms, Weight w, T scale) {
+BCE_EXT_HOST_DEVICE void apply_weight(Terms<T>& terms, Weight w, T scale) {
   if constexpr (kIsGiven<Weight>) {
     terms.loss = math::weighted(w, terms.loss);
     terms.grad_target = math::weighted(w, terms.grad_target);
@@ -131,7 +131,7 @@ struct WithLogits {
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
     const CrossEntropy<T> entropy(x, y, p, e);
     Terms<T> terms{entropy.loss, entropy.linear, entropy.grad_input, entropy.grad_target};
-    multiply(terms, w, scale);
+    apply_weight(terms, w, scale);
     return terms;
   }
 };
@@ -166,12 +166,12 @@ struct Probabilities {
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
     terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
     terms.grad_target = log_rest - log_q;
-    multiply(terms, w, scale);
+    apply_weight(terms, w, scale);
     return terms;
   }
 };
 
-// u^gamma and u^(gamma-1), the latter 0 where u is.
+// u^gamma and u^(gamma-1).
 template <typename T>
 struct Focus {
   T power, previous;
@@ -193,12 +193,11 @@ BCE_EXT_HOST_DEVICE Focus<T> focus_of_integer(T u, Scalar gamma) {
   return {square * square, square * u};
 }
 
-template <typename T, typename Scalar>
-BCE_EXT_HOST_DEVICE Focus<T> focus(T u, Scalar gamma) {
-  if (is_small_integer(gamma)) return focus_of_integer(u, gamma);
-  const T power = math::power(u, T(gamma));
-  const T tiny = math::Format<T>::kSmallestNormal;
-  return {power, power / math::select(u < tiny, tiny, u)};
+// For any exponent. u^(gamma-1) is 0 where u is.
+template <typename T>
+BCE_EXT_HOST_DEVICE Focus<T> focus_by_power(T u, T gamma) {
+  const T power = math::power(u, gamma);
+  return {power, power / math::at_least(T(math::Format<T>::kSmallestNormal), u)};
 }
 
 // Focal loss of a logit x against a target y, with weight w and pos_weight p, as torchvision defines it:
@@ -231,7 +230,7 @@ struct Focal {
     const T larger = T(1) - entropy.smaller;
     const T negative = T(1) - y;
     const T u = math::select(below, negative, y) * entropy.smaller + math::select(below, y, negative) * larger;
-    const Focus<T> focused = focus(u, gamma);
+    const Focus<T> focused = is_small_integer(gamma) ? focus_of_integer(u, gamma) : focus_by_power(u, T(gamma));
     const T alpha = y * T(alpha_positive) + negative * T(alpha_negative);
     const T slope_of_power = T(gamma) * focused.previous;
     const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
@@ -247,7 +246,7 @@ struct Focal {
     terms.grad_target =
         math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
         math::weighted(alpha * focused.power, entropy.grad_target);
-    multiply(terms, w, scale);
+    apply_weight(terms, w, scale);
     return terms;
   }
 
@@ -324,7 +323,7 @@ struct Asymmetric {
     const T focus_by_target =
         focused.power * T(gamma_pos - gamma_neg) * log_u + gamma * focused.previous * (negative - rest);
     terms.grad_target = (log_other - times(p, log_positive)) * focused.power + T(attached) * entropy * focus_by_target;
-    multiply(terms, w, scale);
+    apply_weight(terms, w, scale);
     return terms;
   }
 
@@ -337,9 +336,7 @@ struct Asymmetric {
       return {math::select(is_positive, of_positive.power, of_negative.power),
               math::select(is_positive, of_positive.previous, of_negative.previous)};
     }
-    const T power = math::power(u, gamma);
-    const T tiny = math::Format<T>::kSmallestNormal;
-    return {power, power / math::select(u < tiny, tiny, u)};  // u^(g-1), and 0 where u is
+    return focus_by_power(u, gamma);
   }
 
   Scalar gamma_neg, gamma_pos, clip, eps;

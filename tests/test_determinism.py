@@ -8,6 +8,8 @@ from callables import CROSS_ENTROPIES, Member, every_formula
 from reference import CHUNK, FLOATING_DTYPES, make_logits, make_targets, make_weights
 from torch import Tensor
 
+import bce_ext.functional as F
+
 # One chunk, a chunk and one element, an odd number of chunks with an odd rest: what is left over falls to another
 # thread each time. With and without weights, since the logarithms of equally weighted losses are added in another way.
 SIZES = [CHUNK, CHUNK + 1, 37 * CHUNK + 1031]
@@ -88,7 +90,23 @@ def test_deterministic_mode_has_nothing_to_object_to(device: str) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight", [None, 2.0])
+def test_losses_too_large_for_the_caches_are_the_same(weight: float | None, dtype: torch.dtype, device: str) -> None:
+    # Above 32 MiB a CPU writes them, and their gradients, past those. A chunk and one element more, as below.
+    numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1
+    input, target = make_logits((numel,), dtype, device).requires_grad_(), make_targets((numel,), dtype, device)
+    loss = F.binary_cross_entropy_with_logits(input, target, weight, reduction="none")
+    loss.backward(torch.ones_like(loss))
+    exact = input.detach().double().requires_grad_()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(exact, target.double(), reduction="none")
+    expected = expected if weight is None else weight * expected
+    expected.backward(torch.ones_like(expected))
+    torch.testing.assert_close(loss, expected.to(dtype))
+    torch.testing.assert_close(input.grad, exact.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_gradient_too_large_for_the_caches_is_the_same(dtype: torch.dtype, device: str) -> None:
     # Above 32 MiB a CPU writes it past them. A chunk and one element more: the last block is not a full one.
     numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1

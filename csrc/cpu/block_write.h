@@ -28,9 +28,9 @@ class OutputWriter {
     return in_place ? static_cast<T*>(output_.data) + begin : buffer_;
   }
 
-  // Where memory holds an element of the output.
+  // Where memory holds an element of the output; null where it is not wanted.
   BCE_EXT_TARGET void* place(int64_t begin) const {
-    return static_cast<char*>(output_.data) + begin * size_of(output_.dtype);
+    return output_.data == nullptr ? nullptr : static_cast<char*>(output_.data) + begin * size_of(output_.dtype);
   }
 
   // Whether a block that begins here is written past the caches: in the output, that is, which is aligned for that, as

@@ -78,13 +78,10 @@ BCE_EXT_HOST_DEVICE Numbers load(const S* in) {
   }
 }
 
-// The bits of numbers, so rounded that bfloat16 has the high halves.
 template <int kBytes, typename Register>
 BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits rounded_to_bfloat16(Register numbers) {
   using Bits = typename Vectors<kBytes>::Bits;
-  const Bits bits = (Bits)numbers;
-  const Bits ones_if_nan = (Bits)(numbers != numbers);
-  return (bits + (((bits >> 16) & 1u) + 0x7fffu)) | ones_if_nan;
+  return bce_ext::rounded_to_bfloat16<Bits>((Bits)numbers, (Bits)(numbers != numbers));
 }
 
 // The numbers of a register, rounded to S: a vector of a register's width, or half of that.

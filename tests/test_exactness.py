@@ -153,6 +153,17 @@ def test_where_native_fails(
     assert ulp_error(actual, torch.tensor([true_value], dtype=torch.float64)) <= MAX_ULP[dtype]
 
 
+# A whole block is converted in registers, one element by itself.
+@pytest.mark.parametrize("numel", [1, 1024])
+@pytest.mark.parametrize("target", [0.2490234375, 0.2470703125], ids=["down", "up"])
+def test_a_gradient_between_two_bfloat16_numbers_goes_to_the_even_one(target: float, numel: int, device: str) -> None:
+    targets = torch.full((numel,), target, dtype=torch.bfloat16, device=device)
+    logits = torch.zeros(numel, dtype=torch.bfloat16, device=device, requires_grad=True)
+    F.binary_cross_entropy_with_logits(logits, targets, reduction="sum").backward()
+    exact = 0.5 - targets.float()  # 9 digits
+    torch.testing.assert_close(logits.grad, exact.bfloat16(), rtol=0, atol=0)
+
+
 def test_the_mean_over_bfloat16_negatives_keeps_the_tail(device: str) -> None:
     input = (torch.randn(100_003, generator=torch.Generator().manual_seed(0)) - 8).bfloat16().to(device)
     target = torch.zeros_like(input)

@@ -46,6 +46,17 @@ def labels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return (hard if dtype.is_floating_point is False or "e8m0" not in str(dtype) else torch.ones_like(hard)).to(dtype)
 
 
+# A whole block is converted in registers, a few elements one by one.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("numel", [7, 1024])
+def test_any_byte_but_0_is_true(numel: int, dtype: torch.dtype) -> None:
+    bytes_of_target = torch.arange(numel).remainder(256).byte()
+    logits = torch.randn(numel).to(dtype)
+    actual = bce_ext.functional.binary_cross_entropy_with_logits(logits, bytes_of_target.view(torch.bool))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), (bytes_of_target != 0).double())
+    torch.testing.assert_close(actual, expected.to(dtype))
+
+
 @every_reduction
 @every_cross_entropy
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

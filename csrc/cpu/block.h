@@ -23,6 +23,8 @@ constexpr int64_t kLanes = Numbers<T>::kElements;
 // apart by that first, and take a load for one of what was just stored.
 template <typename T>
 constexpr int64_t kStagger = 256 / sizeof(T);
+// Of those buffers: a vector as long as a cache line then lies in one.
+constexpr int64_t kCacheLine = 64;
 
 BCE_EXT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <typename T>

@@ -34,8 +34,8 @@ struct Ahead {
 
 template <typename T>
 BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
-  constexpr int64_t kCacheLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < kLanes<T>; i += kCacheLine) stream.prefetch(begin + i);
+  constexpr int64_t kStep = kCacheLine / sizeof(T);
+  for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
 }
 
 template <bool kGiven, typename T>

@@ -169,9 +169,9 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   if (scales_by_grad_output) constants.scale *= *grad_output.block(0, kLanes<T>);
 
   ChunkResult result;
-  double lanes[kLanes<T>] = {};
-  T product[kBlock<T>];
-  T first[kBlock<T> + kStagger<T>];
+  alignas(kCacheLine) double lanes[kLanes<T>] = {};
+  alignas(kCacheLine) T product[kBlock<T>];
+  alignas(kCacheLine) T first[kBlock<T> + kStagger<T>];
   Log1pSum<T> logarithms;
   int64_t n;
   for (int64_t at = begin; at < end; at += n) {

@@ -233,7 +233,7 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
-  T buffer_[2 * kBlock<T> + kStagger<T>];
+  alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
 };
 
 }  // namespace

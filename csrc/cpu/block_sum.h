@@ -82,7 +82,7 @@ class Log1pSum {
 
   // All blocks but the last two of a chunk are multiplied by kFactors. Of those, less than kFactors * kLanes elements
   // each are left to the others.
-  T products_[kChunk / kFactors + 2 * (kFactors / kFewFactors + kFewFactors) * kLanes<T>];
+  alignas(kCacheLine) T products_[kChunk / kFactors + 2 * (kFactors / kFewFactors + kFewFactors) * kLanes<T>];
   int64_t size_ = 0;
 };
 

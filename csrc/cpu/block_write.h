@@ -54,7 +54,7 @@ class OutputWriter {
  private:
   const Output& output_;
   const bool past_caches_;
-  T buffer_[kBlock<T> + kStagger<T>];
+  alignas(kCacheLine) T buffer_[kBlock<T> + kStagger<T>];
 };
 
 }  // namespace

@@ -16,8 +16,8 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T linear;  // WithLogits without weights: the loss without log1p(e), but NaN for an infinite logit of the right
-             // sign; else 0
+  T summand;  // what a sum of losses adds as long as it comes out finite: the loss, but NaN where something infinite has
+              // no weight; without log1p(e) where the logarithms are joined
   T grad_input;
   T grad_target;
 };
@@ -44,6 +44,7 @@ template <typename T, typename Weight>
 BCE_EXT_HOST_DEVICE void apply_weight(Terms<T>& terms, Weight w, T scale) {
   if constexpr (kIsGiven<Weight>) {
     terms.loss = math::weighted(w, terms.loss);
+    terms.summand = w * terms.summand;
     terms.grad_target = math::weighted(w, terms.grad_target);
   }
   terms.grad_input = times(w, scale) * terms.grad_input;
@@ -70,7 +71,7 @@ BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const Targ
   Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
   const math::Condition<T> ignored = y == T(rule.ignore_index);
   terms.loss = math::select(ignored, T(0), terms.loss);
-  terms.linear = math::select(ignored, T(0), terms.linear);
+  terms.summand = math::select(ignored, T(0), terms.summand);
   terms.grad_input = math::select(ignored, T(0), terms.grad_input);
   terms.grad_target = math::select(ignored, T(0), terms.grad_target * rule.slope);
   return terms;
@@ -86,6 +87,7 @@ template <typename T>
 struct CrossEntropy {
   T loss, grad_input, grad_target;
   T linear;     // against * |x|
+  T unguarded;  // the loss, but NaN for an infinite logit of the right sign
   T magnitude;  // |x|
   T smaller;    // sigmoid(-|x|)
 
@@ -103,10 +105,12 @@ struct CrossEntropy {
     if constexpr (kIsGiven<PosWeight>) {
       const T total = negative + positive;
       loss = bounded + total * log_term;
+      unguarded = linear + total * log_term;
       grad_input = math::with_sign_of(against - total * smaller, x);
       grad_target = math::select(below, math::weighted(p, magnitude), -magnitude) + (p - T(1)) * log_term;
     } else {
       loss = bounded + log_term;
+      unguarded = linear + log_term;
       grad_input = math::with_sign_of(against - smaller, x);
       grad_target = -x;
     }
@@ -117,7 +121,7 @@ struct CrossEntropy {
 //   loss = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
 template <typename Scalar>
 struct WithLogits {
-  static constexpr bool kJoinsLogarithms = true;  // losses without weights are linear + log1p(first_stage)
+  static constexpr bool kJoinsLogarithms = true;  // losses without weights are their summand + log1p(first_stage)
   static constexpr bool kTakesProbabilities = false;
 
   BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
@@ -130,7 +134,8 @@ struct WithLogits {
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
     const CrossEntropy<T> entropy(x, y, p, e);
-    Terms<T> terms{entropy.loss, entropy.linear, entropy.grad_input, entropy.grad_target};
+    constexpr bool kJoins = !kIsGiven<Weight> && !kIsGiven<PosWeight>;
+    Terms<T> terms{entropy.loss, kJoins ? entropy.linear : entropy.unguarded, entropy.grad_input, entropy.grad_target};
     apply_weight(terms, w, scale);
     return terms;
   }
@@ -162,8 +167,8 @@ struct Probabilities {
     const T variance = (T(1) - q) * q;
 
     Terms<T> terms;
-    terms.linear = T(0);
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
+    terms.summand = terms.loss;
     terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
     terms.grad_target = log_rest - log_q;
     apply_weight(terms, w, scale);
@@ -240,8 +245,8 @@ struct Focal {
     const T by_share = slope_of_power * math::with_sign_of(entropy.smaller - larger, x);
 
     Terms<T> terms;
-    terms.linear = T(0);
     terms.loss = math::weighted(alpha * focused.power, entropy.loss);
+    terms.summand = alpha * focused.power * entropy.unguarded;
     terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
     terms.grad_target =
         math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
@@ -316,8 +321,8 @@ struct Asymmetric {
     const T log_u = math::select(is_zero, zero, math::log_of_unit(math::select(is_zero, one, u)));
 
     Terms<T> terms;
-    terms.linear = zero;
     terms.loss = entropy * focused.power;
+    terms.summand = terms.loss;
     terms.grad_input =
         entropy_by_input * focused.power + T(attached) * (entropy * (gamma * (focused.previous * u_by_input)));
     const T focus_by_target =

@@ -15,7 +15,7 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kLinearSum = 8,  // WithLogits: instead of storing losses, add their linear parts, as Log1pSum adds the logarithms
+  kSum = 8,  // instead of storing losses, add their summands
 };
 
 // The types in which memory holds the input, the target and the gradient of the input of a block.
@@ -67,8 +67,7 @@ struct Constants {
   TargetRule<T> rule;
 };
 
-// The operands and results of one block. `first` receives what the first stage computes, `lanes` the sums for
-// kLinearSum.
+// The operands and results of one block. `first` receives what the first stage computes, `lanes` the sums for kSum.
 template <typename T>
 struct Block {
   const void *x, *y;  // InMemory says of what type, as for grad_input
@@ -111,16 +110,16 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
     prefetch<T>(next.y, i);
     Numbers<T> stage = formula.first_stage(load<Numbers<T>>(x + i));
     // log1p(0) adds nothing where the logarithms are joined.
-    if constexpr (kAdjusts && (kWanted & kLinearSum) != 0) {
+    if constexpr (kAdjusts && (kWanted & kSum) != 0) {
       stage = math::select(load<Numbers<T>>(y + i) == ignored, Numbers<T>(T(0)), stage);
     }
     stage.store(first + i);
   }
   const Numbers<T> scale = constants.scale;
-  // Four linear parts are added in T, which costs at most three roundings of T and saves conversions to float64.
-  constexpr int64_t kGroup = (kWanted & kLinearSum) != 0 ? 4 * kLanes<T> : kBlock<T>;
+  // Four summands are added in T, which costs at most three roundings of T and saves conversions to float64.
+  constexpr int64_t kGroup = (kWanted & kSum) != 0 ? 4 * kLanes<T> : kBlock<T>;
   for (int64_t i = 0; i < n;) {
-    Numbers<T> linear = T(0);
+    Numbers<T> sum = T(0);
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
       if constexpr (kHasWeight) prefetch<T>(next.w, i);
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
@@ -130,11 +129,11 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       const Numbers<T> stage = Numbers<T>::load(first + i);
       const auto terms = evaluate<kAdjusts>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
-      if constexpr ((kWanted & kLinearSum) != 0) linear = linear + terms.linear;
+      if constexpr ((kWanted & kSum) != 0) sum = sum + terms.summand;
       if constexpr ((kWanted & kGradInput) != 0) store(terms.grad_input, grad_input + i, block.grad_past_caches);
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }
-    if constexpr ((kWanted & kLinearSum) != 0) add_to_lanes<T>(linear, block.lanes);
+    if constexpr ((kWanted & kSum) != 0) add_to_lanes<T>(sum, block.lanes);
   }
 }
 

@@ -33,6 +33,10 @@ namespace {
 template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight, bool kAdjusts>
 BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
   switch (wanted) {
+    case kSum:
+      return compute<T, Formula, kSum, kHasWeight, kHasPosWeight, kAdjusts>;
+    case kSum | kGradInput:
+      return compute<T, Formula, kSum | kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
     case kLoss:
       return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight, kAdjusts>;
     case kGradInput:
@@ -48,24 +52,22 @@ BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
   }
 }
 
-template <typename T, typename Formula, bool kAdjusts>
-BCE_EXT_TARGET Compute<T> select_joined(int wanted) {
-  switch (wanted) {
-    case kLinearSum:
-      return compute<T, Formula, kLinearSum, false, false, kAdjusts>;
-    default:
-      return compute<T, Formula, kLinearSum | kGradInput, false, false, kAdjusts>;
-  }
+// As compute adds summands without logarithms: of targets that may be adjusted.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_joined(int wanted, bool adjusts) {
+  constexpr int kBoth = kSum | kGradInput;
+  if (wanted == kBoth) return adjusts ? compute<T, Formula, kBoth, false, false, true> : compute<T, Formula, kBoth, false, false, false>;
+  return adjusts ? compute<T, Formula, kSum, false, false, true> : compute<T, Formula, kSum, false, false, false>;
 }
 
 // What is computed from memory of other types without a detour over buffers.
 template <typename T, typename Formula, typename Memory>
 BCE_EXT_TARGET Compute<T> select_converting(int wanted) {
   switch (wanted) {
-    case kLinearSum:
-      return compute<T, Formula, kLinearSum, false, false, false, Memory>;
-    case kLinearSum | kGradInput:
-      return compute<T, Formula, kLinearSum | kGradInput, false, false, false, Memory>;
+    case kSum:
+      return compute<T, Formula, kSum, false, false, false, Memory>;
+    case kSum | kGradInput:
+      return compute<T, Formula, kSum | kGradInput, false, false, false, Memory>;
     case kGradInput:
       return compute<T, Formula, kGradInput, false, false, false, Memory>;
     default:
@@ -84,6 +86,7 @@ BCE_EXT_TARGET Compute<T> select_target(const Problem& problem, int wanted) {
 struct Needs {
   bool weight, pos_weight;  // the weight times grad_output counts as one
   bool adjusts;
+  bool joined_logarithms;
 };
 
 // What is frequent has a kernel without what it does not need. The rest shares one that takes both weights, 1 where
@@ -99,9 +102,7 @@ BCE_EXT_TARGET bool takes_everything(const Needs& needs) {
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
   if constexpr (Formula::kJoinsLogarithms) {
-    if ((wanted & kLinearSum) != 0) {
-      return needs.adjusts ? select_joined<T, Formula, true>(wanted) : select_joined<T, Formula, false>(wanted);
-    }
+    if (needs.joined_logarithms) return select_joined<T, Formula>(wanted, needs.adjusts);
   }
   if (takes_everything<Formula>(needs))
     return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, true>(wanted);
@@ -135,10 +136,15 @@ BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wa
 
 // ---- a chunk ----
 
-// `joins_logs`: the losses need not be known one by one, and have the same weight, so that their logarithms can be
-// added as the logarithm of a product.
+// How losses are added.
+enum class Summation {
+  OfStored,     // where they must be known one by one, or are not finite
+  InRegisters,  // their summands
+  Joined,       // those, and their logarithms as the logarithm of a product: losses that have the same weight
+};
+
 template <typename T, typename Formula>
-BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin, int64_t end, bool joins_logs) {
+BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin, int64_t end, Summation summation) {
   OperandReader<T> input(problem, problem.input, end - begin);
   OperandReader<T> target(problem, problem.target, end - begin);
   OperandReader<T> weight(problem, problem.weight, end - begin);
@@ -152,16 +158,18 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   const bool scales_by_grad_output =
       problem.grad_output.layout == Layout::Scalar && problem.grad_target.data == nullptr && !problem.reduce;
   const bool has_grad_output = problem.grad_output.layout != Layout::Absent && !scales_by_grad_output;
+  const bool joins_logs = summation == Summation::Joined;
   Needs needs{problem.weight.layout != Layout::Absent || has_grad_output, problem.pos_weight.layout != Layout::Absent,
-              problem.adjusts_target()};
-  if (!joins_logs && takes_everything<Formula>(needs)) needs = {true, !Formula::kTakesProbabilities, true};
+              problem.adjusts_target(), joins_logs};
+  if (!joins_logs && takes_everything<Formula>(needs)) needs = {true, !Formula::kTakesProbabilities, true, false};
   const bool has_weight = problem.weight.layout != Layout::Absent || (needs.weight && !has_grad_output);
-  const int wanted = (joins_logs                                       ? kLinearSum
-                      : problem.reduce || problem.loss.data != nullptr ? kLoss
-                                                                       : 0) |
-                     (problem.grad_input.data != nullptr ? kGradInput : 0) |
-                     (problem.grad_target.data != nullptr ? kGradTarget : 0);
+  const int gradients = (problem.grad_input.data != nullptr ? kGradInput : 0) |
+                        (problem.grad_target.data != nullptr ? kGradTarget : 0);
+  const int stored = gradients | (problem.reduce || problem.loss.data != nullptr ? kLoss : 0);
+  const int wanted = summation == Summation::OfStored ? stored : gradients | kSum;
   const Compute<T> compute_converted = select_compute<T, Formula>(wanted, needs);
+  // What fills up the last, small block must not be added.
+  const Compute<T> compute_last = joins_logs ? compute_converted : select_compute<T, Formula>(stored, needs);
   const Compute<T> compute_in_place = needs.weight || needs.pos_weight || needs.adjusts
                                           ? nullptr
                                           : select_compute_in_place<T, Formula>(problem, wanted);
@@ -213,7 +221,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       block.grad_target = grad_target.block(at, n);
       block.loss_past_caches = loss.goes_past_caches(block.loss);
       block.grad_past_caches = grad_input.goes_past_caches(gradient);
-      compute_converted(padded, constants, block);
+      (n == padded ? compute_converted : compute_last)(padded, constants, block);
 
       loss.finish(block.loss, at, n);
       grad_input.finish(gradient, at, n);
@@ -225,7 +233,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     if (joins_logs) {
       fill(T(0), padded - n, first + n);
       logarithms.add(first, padded);
-    } else if (problem.reduce) {
+    } else if (problem.reduce && (summation == Summation::OfStored || n != padded)) {
       fill(T(0), padded - n, block.loss + n);
       accumulate(block.loss, padded, lanes);
     }
@@ -241,14 +249,16 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
 
 template <typename T, typename Formula>
 BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
-  const bool joins_logs = Formula::kJoinsLogarithms && problem.reduce && problem.loss.data == nullptr &&
-                          problem.grad_target.data == nullptr && problem.weight.layout == Layout::Absent &&
-                          problem.pos_weight.layout == Layout::Absent && problem.grad_output.layout == Layout::Absent;
-  const ChunkResult result = evaluate_blocks<T, Formula>(problem, begin, end, joins_logs);
-  // An infinite logit makes the linear part NaN where it has no weight, and sums of four may be too large for T: then
-  // the losses are evaluated one by one.
-  if (joins_logs && !std::isfinite(result.sum)) return evaluate_blocks<T, Formula>(problem, begin, end, false);
-  return result;
+  const bool stores = !problem.reduce || problem.loss.data != nullptr || problem.grad_target.data != nullptr;
+  if (!stores) {
+    const bool is_weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
+                             problem.grad_output.layout != Layout::Absent;
+    const bool joins_logs = Formula::kJoinsLogarithms && !is_weighted;
+    const ChunkResult result = evaluate_blocks<T, Formula>(problem, begin, end, joins_logs ? Summation::Joined : Summation::InRegisters);
+    // Something infinite makes a summand NaN where it has no weight, and sums of four may be too large for T.
+    if (std::isfinite(result.sum)) return result;
+  }
+  return evaluate_blocks<T, Formula>(problem, begin, end, Summation::OfStored);
 }
 
 template <typename T>

@@ -59,8 +59,11 @@ BCE_EXT_TARGET void add_to_lanes(Numbers<T> values, double* __restrict lanes) {
 // What is the same for all blocks of a problem.
 template <typename T>
 struct Constants {
-  BCE_EXT_TARGET explicit Constants(const Problem& problem)
-      : parameters(problem.parameters), scale(static_cast<T>(1.0 / problem.divisor)), rule(problem) {}
+  BCE_EXT_TARGET explicit Constants(const Problem& problem, T factor)
+      : parameters(problem.parameters), scale(static_cast<T>(1.0 / problem.divisor) * factor), rule(problem) {
+    // Any NaN comes in here, and one with many bits is not what store() expects.
+    if (scale != scale) scale = std::numeric_limits<T>::quiet_NaN();
+  }
 
   const double* parameters;
   T scale;

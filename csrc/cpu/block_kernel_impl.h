@@ -78,7 +78,8 @@ BCE_EXT_TARGET Compute<T> select_converting(int wanted) {
 template <typename T, typename Formula, typename S>
 BCE_EXT_TARGET Compute<T> select_target(const Problem& problem, int wanted) {
   if (problem.target.dtype == problem.input.dtype) return select_converting<T, Formula, InMemory<S, S, S>>(wanted);
-  if (problem.target.dtype == Dtype::Bool) return select_converting<T, Formula, InMemory<S, BoolBits, S>>(wanted);
+  using Bools = std::conditional_t<std::is_same_v<S, BFloat16Bits>, BoolPairs, BoolBits>;
+  if (problem.target.dtype == Dtype::Bool) return select_converting<T, Formula, InMemory<S, Bools, S>>(wanted);
   return nullptr;
 }
 
@@ -173,8 +174,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   const Compute<T> compute_in_place = needs.weight || needs.pos_weight || needs.adjusts
                                           ? nullptr
                                           : select_compute_in_place<T, Formula>(problem, wanted);
-  Constants<T> constants(problem);
-  if (scales_by_grad_output) constants.scale *= *grad_output.block(0, kLanes<T>);
+  const Constants<T> constants(problem, scales_by_grad_output ? *grad_output.block(0, kLanes<T>) : T(1));
 
   ChunkResult result;
   alignas(kCacheLine) double lanes[kLanes<T>] = {};

@@ -43,16 +43,18 @@ BCE_EXT_HOST_DEVICE T load_as(HalfBits value) {
   return static_cast<T>(math::from_bits<float>(magnitude | sign));
 }
 
+constexpr uint32_t kHighHalf = 0xffff0000u;
+
 // The bits of a float, or a vector of such, so rounded that bfloat16 has the high half: to nearest, ties to even.
 template <typename Bits>
-BCE_EXT_HOST_DEVICE Bits rounded_to_bfloat16(Bits bits, Bits ones_if_nan) {
-  return (bits + (((bits >> 16) & 1u) + 0x7fffu)) | ones_if_nan;
+BCE_EXT_HOST_DEVICE Bits rounded_to_bfloat16(Bits bits) {
+  return bits + (((bits >> 16) & 1u) + 0x7fffu);
 }
 
 // Stores round to nearest, ties to even; too large becomes infinite; NaN stays NaN.
 BCE_EXT_HOST_DEVICE void store_as(float value, BFloat16Bits& out) {
   const uint32_t ones_if_nan = 0u - static_cast<uint32_t>(value != value);
-  out.bits = static_cast<uint16_t>(rounded_to_bfloat16(math::to_bits(value), ones_if_nan) >> 16);
+  out.bits = static_cast<uint16_t>((rounded_to_bfloat16(math::to_bits(value)) | ones_if_nan) >> 16);
 }
 
 BCE_EXT_HOST_DEVICE void store_as(float value, HalfBits& out) {

@@ -19,86 +19,91 @@ constexpr bool kConvertsHalf =
     false;
 #endif
 
+// Bools beside numbers in bfloat16, in the order of their packs.
+struct BoolPairs {
+  uint8_t bits;
+};
+
 // Vectors as wide as a register, and as its numbers are in smaller types.
 template <int kBytes>
 struct Vectors {
   using Bits __attribute__((vector_size(kBytes))) = uint32_t;
-  using Words __attribute__((vector_size(kBytes / 2))) = uint16_t;
-  using WordsInMemory __attribute__((vector_size(kBytes / 2), aligned(2), may_alias)) = uint16_t;
+  using BitsInMemory __attribute__((vector_size(kBytes), aligned(2), may_alias)) = uint32_t;
+  using WordsInMemory __attribute__((vector_size(kBytes / 2), aligned(1), may_alias)) = uint16_t;
   using BytesInMemory __attribute__((vector_size(kBytes / 4), aligned(1), may_alias)) = uint8_t;
 };
 
 // Compilers make more of these conversions than the single instructions that AVX2 and AVX-512 have for them.
-template <int kBytes, typename S>
-BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen(const S* in) {
+template <int kBytes>
+BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen_bytes(const void* in) {
   using Bits = typename Vectors<kBytes>::Bits;
 #if defined(__x86_64__)
-  if constexpr (kBytes == 64 && sizeof(S) == 2) {
-    return (Bits)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
-  } else if constexpr (kBytes == 64) {
-    return (Bits)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
-  } else if constexpr (kBytes == 32 && sizeof(S) == 2) {
-    return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
-  } else if constexpr (kBytes == 32) {
-    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)));
-  }
+  if constexpr (kBytes == 64) return (Bits)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128((const __m128i*)in));
+  if constexpr (kBytes == 32) return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)in));
 #endif
-  if constexpr (sizeof(S) == 2) {
-    return __builtin_convertvector(*reinterpret_cast<const typename Vectors<kBytes>::WordsInMemory*>(in), Bits);
-  } else {
-    return __builtin_convertvector(*reinterpret_cast<const typename Vectors<kBytes>::BytesInMemory*>(in), Bits);
-  }
+  return __builtin_convertvector(*static_cast<const typename Vectors<kBytes>::BytesInMemory*>(in), Bits);
 }
 
-// A register full of numbers, of memory that holds them as S.
-template <typename Numbers, typename S>
-BCE_EXT_HOST_DEVICE typename Numbers::Register load_register(const S* in) {
-  using Register = typename Numbers::Register;
-  constexpr int kBytes = sizeof(Register);
-  if constexpr (std::is_same_v<S, BFloat16Bits>) {
-    return (Register)(widen<kBytes>(in) << 16);
-  } else if constexpr (std::is_same_v<S, BoolBits>) {
-    const Register zero = {};
-    return widen<kBytes>(in) != 0 ? zero + 1 : zero;
+template <int kBytes>
+BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen_words(const void* in) {
+  using Bits = typename Vectors<kBytes>::Bits;
 #if defined(__x86_64__)
-  } else if constexpr (kBytes == 64) {
-    return (Register)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
-  } else {
-    return (Register)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+  if constexpr (kBytes == 64) return (Bits)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256((const __m256i*)in));
+  if constexpr (kBytes == 32) return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)in));
 #endif
-  }
+  return __builtin_convertvector(*static_cast<const typename Vectors<kBytes>::WordsInMemory*>(in), Bits);
 }
 
+template <typename Register, typename Bits>
+BCE_EXT_HOST_DEVICE Register one_where(Bits bits) {
+  const Register zero = {};
+  return bits != 0 ? zero + 1 : zero;
+}
+
+template <typename Register>
+BCE_EXT_HOST_DEVICE Register load_halves(const HalfBits* in) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Register) == 64) {
+    return (Register)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256((const __m256i*)in));
+  } else {
+    return (Register)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)in));
+  }
+#endif
+}
+
+// A pack of what memory holds as S. Numbers in bfloat16 lie in the two halves of 32 bits, of which one register gets
+// the low ones, the other the high ones: an instruction each.
 template <typename Numbers, typename S>
 BCE_EXT_HOST_DEVICE Numbers load(const S* in) {
+  using Register = typename Numbers::Register;
+  constexpr int kBytes = sizeof(Register);
   if constexpr (std::is_floating_point_v<S>) {
     return Numbers::load(in);
+  } else if constexpr (std::is_same_v<S, BFloat16Bits>) {
+    const auto pairs = *reinterpret_cast<const typename Vectors<kBytes>::BitsInMemory*>(in);
+    return {(Register)(pairs << 16), (Register)(pairs & kHighHalf)};
+  } else if constexpr (std::is_same_v<S, BoolPairs>) {
+    const auto pairs = widen_words<kBytes>(in);
+    return {one_where<Register>(pairs & 0x00ffu), one_where<Register>(pairs & 0xff00u)};
+  } else if constexpr (std::is_same_v<S, BoolBits>) {
+    return {one_where<Register>(widen_bytes<kBytes>(in)),
+            one_where<Register>(widen_bytes<kBytes>(in + Numbers::kPerRegister))};
   } else {
-    return {load_register<Numbers>(in), load_register<Numbers>(in + Numbers::kPerRegister)};
+    return {load_halves<Register>(in), load_halves<Register>(in + Numbers::kPerRegister)};
   }
-}
-
-template <int kBytes, typename Register>
-BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits rounded_to_bfloat16(Register numbers) {
-  using Bits = typename Vectors<kBytes>::Bits;
-  return bce_ext::rounded_to_bfloat16<Bits>((Bits)numbers, (Bits)(numbers != numbers));
 }
 
 // The numbers of a register, rounded to S: a vector of a register's width, or half of that.
 template <typename Numbers, typename S>
 BCE_EXT_HOST_DEVICE auto rounded_to(typename Numbers::Register numbers) {
-  constexpr int kBytes = sizeof(numbers);
-  if constexpr (std::is_same_v<S, BFloat16Bits>) {
-    using Bits = typename Vectors<kBytes>::Bits;
-    const Bits high = rounded_to_bfloat16<kBytes>(numbers) >> 16;
-    return __builtin_convertvector(high, typename Vectors<kBytes>::Words);
 #if defined(__x86_64__)
-  } else if constexpr (std::is_same_v<S, HalfBits> && kBytes == 64) {
+  if constexpr (std::is_same_v<S, HalfBits> && sizeof(numbers) == 64) {
     return _mm512_maskz_cvtps_ph(kAll, (__m512)numbers, _MM_FROUND_TO_NEAREST_INT);
   } else if constexpr (std::is_same_v<S, HalfBits>) {
     return _mm256_cvtps_ph((__m256)numbers, _MM_FROUND_TO_NEAREST_INT);
+  } else
 #endif
-  } else {
+  {
     return numbers;
   }
 }
@@ -130,21 +135,19 @@ BCE_EXT_HOST_DEVICE void store_vector(Vector vector, void* out, bool past_caches
   }
 }
 
+// A pack to memory that holds it as S; in bfloat16 as load reads it, and with every NaN having 0 in its low half, as NaNs
+// that come from memory or out of arithmetic do: then rounding leaves it a NaN.
 template <typename Numbers, typename S>
 BCE_EXT_HOST_DEVICE void store(Numbers numbers, S* out, bool past_caches) {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<S, BFloat16Bits> && sizeof(numbers.low) == 64) {
-    // One instruction takes the high halves of both registers.
-    const __m512i low = (__m512i)rounded_to_bfloat16<64>(numbers.low);
-    const __m512i high = (__m512i)rounded_to_bfloat16<64>(numbers.high);
-    alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return store_vector(_mm512_permutex2var_epi16(low, *reinterpret_cast<const __m512i*>(kOdd), high), out,
-                        past_caches);
+  if constexpr (std::is_same_v<S, BFloat16Bits>) {
+    using Bits = typename Vectors<sizeof(numbers.low)>::Bits;
+    const Bits low = rounded_to_bfloat16((Bits)numbers.low) >> 16;
+    const Bits high = rounded_to_bfloat16((Bits)numbers.high) & kHighHalf;
+    store_vector(low | high, out, past_caches);
+  } else {
+    store_vector(rounded_to<Numbers, S>(numbers.low), out, past_caches);
+    store_vector(rounded_to<Numbers, S>(numbers.high), out + Numbers::kPerRegister, past_caches);
   }
-#endif
-  store_vector(rounded_to<Numbers, S>(numbers.low), out, past_caches);
-  store_vector(rounded_to<Numbers, S>(numbers.high), out + Numbers::kPerRegister, past_caches);
 }
 
 }  // namespace bce_ext

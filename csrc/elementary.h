@@ -347,16 +347,27 @@ BCE_EXT_HOST_DEVICE T power(T u, T g) {
   return select(u < T(Format<T>::kSmallestNormal), of_zero, select(is_bounded, beyond, result));
 }
 
+// A number in [0, 1], subnormal ones made normal.
+template <typename T>
+struct Lifted {
+  static constexpr int kLift = 64;
+  T value;
+  T lift;  // value is 2^lift times the number
+
+  BCE_EXT_HOST_DEVICE explicit Lifted(T q) {
+    const Condition<T> subnormal = q < T(Format<T>::kSmallestNormal);
+    value = q * select(subnormal, T(power_of_two<Scalar<T>>(kLift)), T(1));
+    lift = select(subnormal, T(Scalar<T>(kLift)), T(0));
+  }
+};
+
 // log(q) for q in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {
-  constexpr int kLift = 64;
-  const Condition<T> subnormal = q < T(Format<T>::kSmallestNormal);
-  const T lifted = q * select(subnormal, T(power_of_two<Scalar<T>>(kLift)), T(1));
-  const Split<T> parts = split(lifted);
-  const T f = lifted * parts.scale - T(1);
-  const T n = parts.n - select(subnormal, T(Scalar<T>(kLift)), T(0));
-  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(n, f));
+  const Lifted<T> lifted(q);
+  const Split<T> parts = split(lifted.value);
+  const T f = lifted.value * parts.scale - T(1);
+  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(parts.n - lifted.lift, f));
 }
 
 // log(q) for a normal q in (0, 1] whose complement 1 - q is known to its last places: near 1 the logarithm comes from
@@ -375,6 +386,16 @@ BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
   const Split<T> parts = split(T(1) - q);
   const T f = (parts.scale - T(1)) - q * parts.scale;
   return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts.n, f));
+}
+
+// log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0, a number below -100.
+template <typename T>
+BCE_EXT_HOST_DEVICE T log_of_either(Condition<T> first, T q) {
+  const Lifted<T> lifted(select(first, q, T(1) - q));
+  const Split<T> parts = split(lifted.value);
+  const T f_of_first = lifted.value * parts.scale - T(1);
+  const T f_of_second = (parts.scale - T(1)) - q * parts.scale;
+  return log_of_split(parts.n - lifted.lift, select(first, f_of_first, f_of_second));
 }
 
 // numerator / d for d in [1, 2].

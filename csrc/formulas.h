@@ -5,77 +5,17 @@
 // evaluate(x, y, w, p, scale, first_stage(x)), the loss and its gradients, these multiplied by `scale`. It has two
 // stages because a loop over each of them is faster on a CPU than one loop over both: it overlaps more elements. Where
 // w or p is known to be 1 it may be One.
+//
+// A formula with two logarithms has a form of its own for targets that are 0 or 1, which need one of them:
+// first_stage_of_hard(x, y) and evaluate_hard(x, y, w, p, scale, first_stage_of_hard(x, y)), without the derivative
+// with respect to the target. has_hard_form() says whether it serves.
 #pragma once
 
 #include "elementary.h"
 #include "problem.h"
+#include "terms.h"
 
 namespace bce_ext {
-
-// The loss of one element and its derivatives with respect to the input and the target.
-template <typename T>
-struct Terms {
-  T loss;
-  T summand;  // what a sum of losses adds as long as it comes out finite: the loss, but NaN where something infinite has
-              // no weight; without log1p(e) where the logarithms are joined
-  T grad_input;
-  T grad_target;
-};
-
-// Stands for an operand that is 1 everywhere and is known to be so at compile time.
-struct One {};
-
-template <typename Operand>
-constexpr bool kIsGiven = !std::is_same_v<Operand, One>;
-
-template <typename T>
-BCE_EXT_HOST_DEVICE T times(One, T value) {
-  return value;
-}
-
-template <typename T>
-BCE_EXT_HOST_DEVICE T times(T weight, T value) {
-  return weight * value;
-}
-
-// Multiplies terms by the weight of the element, where 0 * infinity is 0: an element without weight has no say.
-// `scale` is that of the gradients. In place, as compilers leave copies of packs in memory.
-template <typename T, typename Weight>
-BCE_EXT_HOST_DEVICE void apply_weight(Terms<T>& terms, Weight w, T scale) {
-  if constexpr (kIsGiven<Weight>) {
-    terms.loss = math::weighted(w, terms.loss);
-    terms.summand = w * terms.summand;
-    terms.grad_target = math::weighted(w, terms.grad_target);
-  }
-  terms.grad_input = times(w, scale) * terms.grad_input;
-  terms.grad_target = scale * terms.grad_target;
-}
-
-// What is done to a target as memory holds it: smoothing, and ignored elements.
-template <typename Scalar>
-struct TargetRule {
-  BCE_EXT_HOST_DEVICE explicit TargetRule(const Problem& problem)
-      : slope(static_cast<Scalar>(1.0 - problem.label_smoothing)),
-        offset(static_cast<Scalar>(0.5 * problem.label_smoothing)),
-        // No target equals a NaN.
-        ignore_index(problem.ignores ? static_cast<Scalar>(problem.ignore_index)
-                                     : std::numeric_limits<Scalar>::quiet_NaN()) {}
-
-  Scalar slope, offset, ignore_index;
-};
-
-// The terms of an element with target `y`, by `rule`: none where it is ignored.
-template <typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
-BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
-                                              Weight w, PosWeight p, T scale, T first) {
-  Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
-  const math::Condition<T> ignored = y == T(rule.ignore_index);
-  terms.loss = math::select(ignored, T(0), terms.loss);
-  terms.summand = math::select(ignored, T(0), terms.summand);
-  terms.grad_input = math::select(ignored, T(0), terms.grad_input);
-  terms.grad_target = math::select(ignored, T(0), terms.grad_target * rule.slope);
-  return terms;
-}
 
 // What the formulas of a logit share. With e = exp(-|x|), `against` the weight of the class that the logit speaks
 // against, 1-y for a positive one and p*y for a negative one, and `total` the sum of the weights of both classes:
@@ -123,6 +63,7 @@ template <typename Scalar>
 struct WithLogits {
   static constexpr bool kJoinsLogarithms = true;  // losses without weights are their summand + log1p(first_stage)
   static constexpr bool kTakesProbabilities = false;
+  static constexpr bool kHasHardForm = false;
 
   BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
 
@@ -151,6 +92,7 @@ template <typename Scalar>
 struct Probabilities {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = true;
+  static constexpr bool kHasHardForm = true;
 
   BCE_EXT_HOST_DEVICE explicit Probabilities(const double*) {}
 
@@ -171,6 +113,25 @@ struct Probabilities {
     terms.summand = terms.loss;
     terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
     terms.grad_target = log_rest - log_q;
+    apply_weight(terms, w, scale);
+    return terms;
+  }
+
+  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
+
+  template <typename T>
+  BCE_EXT_HOST_DEVICE T first_stage_of_hard(T q, T y) const {
+    return math::at_least(T(-100), math::log_of_either(y == T(1), q));
+  }
+
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T q, T y, Weight w, PosWeight, T scale, T bounded_log) const {
+    const T variance = (T(1) - q) * q;
+    Terms<T> terms;
+    terms.loss = -bounded_log;
+    terms.summand = terms.loss;
+    terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
+    terms.grad_target = T(0);
     apply_weight(terms, w, scale);
     return terms;
   }
@@ -217,6 +178,7 @@ template <typename Scalar>
 struct Focal {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = false;
+  static constexpr bool kHasHardForm = false;
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
       : gamma(static_cast<Scalar>(parameters[1])),
@@ -269,6 +231,7 @@ template <typename Scalar>
 struct Asymmetric {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = false;
+  static constexpr bool kHasHardForm = true;
 
   BCE_EXT_HOST_DEVICE explicit Asymmetric(const double* parameters)
       : gamma_neg(static_cast<Scalar>(parameters[0])),
@@ -295,10 +258,10 @@ struct Asymmetric {
 
     // The two logarithms and their derivatives.
     const T log_e = math::log1p_of_unit(e);
-    const T log_positive_at_bound = math::log_by_complement(bound, one - bound);
+    const T log_of_bound = math::log_of_unit(bound);
     const math::Condition<T> positive_is_bounded = positive < bound;
     const T log_positive =
-        math::select(positive_is_bounded, log_positive_at_bound, math::select(below, x, zero) - log_e);
+        math::select(positive_is_bounded, log_of_bound, math::select(below, x, zero) - log_e);
     const T slope_positive = math::select(positive_is_bounded, zero, negative);
     const T excess = positive - T(clip);
     const math::Condition<T> is_clipped = excess < zero;
@@ -306,7 +269,7 @@ struct Asymmetric {
     const T unbounded = math::select(is_clipped, one, negative + T(clip));
     const math::Condition<T> negative_is_bounded = unbounded < bound;
     const T other = math::select(negative_is_bounded, bound, unbounded);  // max(Q, eps)
-    const T log_other = math::log_by_complement(other, math::select(negative_is_bounded, one - bound, rest));
+    const T log_other = math::select(negative_is_bounded, log_of_bound, math::log_by_complement(other, rest));
     const T slope_rest = math::select(is_clipped, zero, product);
     const T slope_other = math::select(negative_is_bounded, zero, -slope_rest / other);
 
@@ -332,16 +295,75 @@ struct Asymmetric {
     return terms;
   }
 
+  // A subnormal share has too few places for its logarithm.
+  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return eps >= math::Format<Scalar>::kSmallestNormal; }
+
+  template <typename T>
+  BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {
+    const T e = first_stage(x);
+    return math::divide(e, T(1) + e);
+  }
+
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, PosWeight p, T scale, T smaller) const {
+    const HardLabel<T> label(*this, x, y, smaller);
+    const T log_own = math::log_by_complement(label.own, label.complement);
+    const Focus<T> focused = focus_of_hard(label.u, label.is_positive);
+    const T gamma = math::select(label.is_positive, T(attached * gamma_pos), T(attached * gamma_neg));
+    const T by_entropy = math::select(label.is_bounded, T(0), label.u_slope / label.own) * focused.power;
+    const T slope = by_entropy - log_own * (gamma * (focused.previous * label.u_slope));
+
+    Terms<T> terms;
+    terms.loss = -log_own * focused.power;
+    terms.grad_input = math::select(label.is_positive, -slope, slope);
+    terms.grad_target = T(0);
+    if constexpr (kIsGiven<PosWeight>) {
+      terms.loss = math::select(label.is_positive, p * terms.loss, terms.loss);
+      terms.grad_input = math::select(label.is_positive, p * terms.grad_input, terms.grad_input);
+    }
+    terms.summand = terms.loss;
+    apply_weight(terms, w, scale);
+    return terms;
+  }
+
+ private:
+  // A label of 0 or 1, by the logit t that speaks against it, x or -x. With v = sigmoid(t), and no clip for a 1:
+  //   u = max(v - clip, 0)       loss = -log(max(1-u, eps)) * u^g
+  template <typename T>
+  struct HardLabel {
+    T u, u_slope;       // and its derivative by t
+    T own, complement;  // max(1-u, eps), and 1 minus that
+    math::Condition<T> is_positive, is_bounded;
+
+    BCE_EXT_HOST_DEVICE HardLabel(const Asymmetric& loss, T x, T y, T smaller) : is_positive(y == T(1)) {
+      const T zero = T(0), one = T(1), bound = T(loss.eps);
+      const T clip = math::select(is_positive, zero, T(loss.clip));
+      const math::Condition<T> below = math::is_negative(math::select(is_positive, -x, x));
+      const T larger = one - smaller;
+      const T excess = math::select(below, smaller, larger) - clip;
+      u = math::at_least(zero, excess);
+      u_slope = math::select(excess < zero, zero, smaller * larger);
+      const T rest = math::at_most(one, math::select(below, larger, smaller) + clip);
+      is_bounded = rest < bound;
+      own = math::at_least(bound, rest);
+      complement = math::select(is_bounded, one - bound, u);
+    }
+  };
+
   // u^g for a target y. The exponent of a hard label is one of two, and mostly an integer.
   template <typename T>
   BCE_EXT_HOST_DEVICE Focus<T> focus_of(T u, T y, T gamma) const {
     const math::Condition<T> is_positive = y == T(1);
-    if (has_integers && math::all<T>(is_positive | (y == T(0)))) {
-      const Focus<T> of_positive = focus_of_integer(u, gamma_pos), of_negative = focus_of_integer(u, gamma_neg);
-      return {math::select(is_positive, of_positive.power, of_negative.power),
-              math::select(is_positive, of_positive.previous, of_negative.previous)};
-    }
+    if (has_integers && math::all<T>(is_positive | (y == T(0)))) return focus_of_hard(u, is_positive);
     return focus_by_power(u, gamma);
+  }
+
+  template <typename T>
+  BCE_EXT_HOST_DEVICE Focus<T> focus_of_hard(T u, math::Condition<T> is_positive) const {
+    if (!has_integers) return focus_by_power(u, math::select(is_positive, T(gamma_pos), T(gamma_neg)));
+    const Focus<T> of_positive = focus_of_integer(u, gamma_pos), of_negative = focus_of_integer(u, gamma_neg);
+    return {math::select(is_positive, of_positive.power, of_negative.power),
+            math::select(is_positive, of_positive.previous, of_negative.previous)};
   }
 
   Scalar gamma_neg, gamma_pos, clip, eps;

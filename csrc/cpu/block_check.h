@@ -34,6 +34,14 @@ BCE_EXT_TARGET bool all_seem_in_unit_interval(int64_t n, const T* in) {
   return largest <= math::to_bits(T(1));
 }
 
+// Whether all elements are 0 or 1, the numbers that are their own square.
+template <typename T>
+BCE_EXT_TARGET bool are_hard_labels(int64_t n, const T* in) {
+  math::Bits<T> differences = 0;
+  for (int64_t i = 0; i < n; ++i) differences |= math::to_bits(in[i] * in[i] - in[i]);
+  return differences == 0;
+}
+
 // The index of the first element that fails, or n. `check`: a function of the element and of `ignored`.
 template <typename T, bool (*check)(T, T)>
 BCE_EXT_TARGET int64_t first_invalid(int64_t n, const T* in, T ignored) {
@@ -46,15 +54,16 @@ BCE_EXT_TARGET int64_t first_invalid(int64_t n, const T* in, T ignored) {
 }
 
 // The first element of the block that is not valid. The probability of an ignored element may have any value.
+// `has_hard_labels`: all targets are known to be 0 or 1.
 template <typename T, typename Formula>
 BCE_EXT_TARGET std::optional<InvalidElement> find_invalid(const Problem& problem, int64_t n, const T* x, const T* y,
-                                                          T ignored) {
-  if (problem.hard_labels) {
+                                                          bool has_hard_labels, T ignored) {
+  if (problem.hard_labels && !has_hard_labels) {
     const int64_t i = first_invalid<T, is_hard_label<T>>(n, y, ignored);
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
   }
   if constexpr (Formula::kTakesProbabilities) {
-    if (all_seem_in_unit_interval(n, y) && all_seem_in_unit_interval(n, x)) return std::nullopt;
+    if ((has_hard_labels || all_seem_in_unit_interval(n, y)) && all_seem_in_unit_interval(n, x)) return std::nullopt;
     int64_t i = first_invalid<T, is_in_unit_interval<T>>(n, y, ignored);
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
     for (i = first_invalid<T, is_in_unit_interval<T>>(n, x, std::numeric_limits<T>::quiet_NaN()); i < n; ++i) {

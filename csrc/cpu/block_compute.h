@@ -87,18 +87,35 @@ struct Block {
 template <typename T>
 using Compute = void (*)(int64_t n, const Constants<T>& constants, const Block<T>& block);
 
-template <bool kAdjusts, typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
+// What is known of targets.
+enum class Labels {
+  Any,
+  Adjusted,  // smoothed, or ignored
+  Hard,      // 0 or 1
+};
+
+template <Labels kLabels, typename Formula, typename T>
+BCE_EXT_HOST_DEVICE T first_stage(const Formula& formula, T x, T y) {
+  if constexpr (kLabels == Labels::Hard) {
+    return formula.first_stage_of_hard(x, y);
+  } else {
+    return formula.first_stage(x);
+  }
+}
+
+template <Labels kLabels, typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
 BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Weight w,
                                       PosWeight p, T scale, T first) {
-  if constexpr (kAdjusts) {
+  if constexpr (kLabels == Labels::Hard) {
+    return formula.evaluate_hard(x, y, w, p, scale, first);
+  } else if constexpr (kLabels == Labels::Adjusted) {
     return evaluate_by_rule(formula, rule, x, y, w, p, scale, first);
   } else {
     return formula.evaluate(x, y, w, p, scale, first);
   }
 }
 
-// kAdjusts: targets are smoothed, or ignored.
-template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight, bool kAdjusts,
+template <typename T, typename Formula, int kWanted, bool kHasWeight, bool kHasPosWeight, Labels kLabels = Labels::Any,
           typename Memory = InMemory<T, T, T>>
 BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Block<T>& block) {
   const Formula formula(constants.parameters);
@@ -111,10 +128,11 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     prefetch<T>(next.x, i);
     prefetch<T>(next.y, i);
-    Numbers<T> stage = formula.first_stage(load<Numbers<T>>(x + i));
+    const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
+    Numbers<T> stage = first_stage<kLabels>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
-    if constexpr (kAdjusts && (kWanted & kSum) != 0) {
-      stage = math::select(load<Numbers<T>>(y + i) == ignored, Numbers<T>(T(0)), stage);
+    if constexpr (kLabels == Labels::Adjusted && (kWanted & kSum) != 0) {
+      stage = math::select(target == ignored, Numbers<T>(T(0)), stage);
     }
     stage.store(first + i);
   }
@@ -130,7 +148,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
       const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
       const Numbers<T> stage = Numbers<T>::load(first + i);
-      const auto terms = evaluate<kAdjusts>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
+      const auto terms = evaluate<kLabels>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
       if constexpr ((kWanted & kSum) != 0) sum = sum + terms.summand;
       if constexpr ((kWanted & kGradInput) != 0) store(terms.grad_input, grad_input + i, block.grad_past_caches);

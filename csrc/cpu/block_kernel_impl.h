@@ -30,25 +30,25 @@ namespace {
 
 // ---- the choice of a kernel ----
 
-template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight, bool kAdjusts>
+template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight, Labels kLabels>
 BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
   switch (wanted) {
     case kSum:
-      return compute<T, Formula, kSum, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kSum, kHasWeight, kHasPosWeight, kLabels>;
     case kSum | kGradInput:
-      return compute<T, Formula, kSum | kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kSum | kGradInput, kHasWeight, kHasPosWeight, kLabels>;
     case kLoss:
-      return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight, kLabels>;
     case kGradInput:
-      return compute<T, Formula, kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kGradInput, kHasWeight, kHasPosWeight, kLabels>;
     case kGradTarget:
-      return compute<T, Formula, kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kGradTarget, kHasWeight, kHasPosWeight, kLabels>;
     case kLoss | kGradInput:
-      return compute<T, Formula, kLoss | kGradInput, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kLoss | kGradInput, kHasWeight, kHasPosWeight, kLabels>;
     case kGradInput | kGradTarget:
-      return compute<T, Formula, kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kLabels>;
     default:
-      return compute<T, Formula, kLoss | kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kAdjusts>;
+      return compute<T, Formula, kLoss | kGradInput | kGradTarget, kHasWeight, kHasPosWeight, kLabels>;
   }
 }
 
@@ -56,8 +56,28 @@ BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_joined(int wanted, bool adjusts) {
   constexpr int kBoth = kSum | kGradInput;
-  if (wanted == kBoth) return adjusts ? compute<T, Formula, kBoth, false, false, true> : compute<T, Formula, kBoth, false, false, false>;
-  return adjusts ? compute<T, Formula, kSum, false, false, true> : compute<T, Formula, kSum, false, false, false>;
+  if (adjusts) {
+    if (wanted == kSum) return compute<T, Formula, kSum, false, false, Labels::Adjusted>;
+    return compute<T, Formula, kBoth, false, false, Labels::Adjusted>;
+  }
+  if (wanted == kSum) return compute<T, Formula, kSum, false, false>;
+  return compute<T, Formula, kBoth, false, false>;
+}
+
+template <typename T, typename Formula, bool kHasWeight>
+BCE_EXT_TARGET Compute<T> select_hard(int wanted) {
+  switch (wanted) {
+    case kSum:
+      return compute<T, Formula, kSum, kHasWeight, false, Labels::Hard>;
+    case kSum | kGradInput:
+      return compute<T, Formula, kSum | kGradInput, kHasWeight, false, Labels::Hard>;
+    case kLoss:
+      return compute<T, Formula, kLoss, kHasWeight, false, Labels::Hard>;
+    case kLoss | kGradInput:
+      return compute<T, Formula, kLoss | kGradInput, kHasWeight, false, Labels::Hard>;
+    default:
+      return compute<T, Formula, kGradInput, kHasWeight, false, Labels::Hard>;
+  }
 }
 
 // What is computed from memory of other types without a detour over buffers.
@@ -65,11 +85,11 @@ template <typename T, typename Formula, typename Memory>
 BCE_EXT_TARGET Compute<T> select_converting(int wanted) {
   switch (wanted) {
     case kSum:
-      return compute<T, Formula, kSum, false, false, false, Memory>;
+      return compute<T, Formula, kSum, false, false, Labels::Any, Memory>;
     case kSum | kGradInput:
-      return compute<T, Formula, kSum | kGradInput, false, false, false, Memory>;
+      return compute<T, Formula, kSum | kGradInput, false, false, Labels::Any, Memory>;
     case kGradInput:
-      return compute<T, Formula, kGradInput, false, false, false, Memory>;
+      return compute<T, Formula, kGradInput, false, false, Labels::Any, Memory>;
     default:
       return nullptr;
   }
@@ -106,14 +126,28 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
     if (needs.joined_logarithms) return select_joined<T, Formula>(wanted, needs.adjusts);
   }
   if (takes_everything<Formula>(needs))
-    return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, true>(wanted);
+    return select_wanted<T, Formula, true, !Formula::kTakesProbabilities, Labels::Adjusted>(wanted);
   if constexpr (Formula::kJoinsLogarithms) {
-    if (needs.pos_weight) return select_wanted<T, Formula, false, true, false>(wanted);
+    if (needs.pos_weight) return select_wanted<T, Formula, false, true, Labels::Any>(wanted);
   }
   if constexpr (Formula::kJoinsLogarithms || Formula::kTakesProbabilities) {
-    if (needs.weight) return select_wanted<T, Formula, true, false, false>(wanted);
+    if (needs.weight) return select_wanted<T, Formula, true, false, Labels::Any>(wanted);
   }
-  return select_wanted<T, Formula, false, false, false>(wanted);
+  return select_wanted<T, Formula, false, false, Labels::Any>(wanted);
+}
+
+// The kernel for a block of hard labels, or null.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute_of_hard(int wanted, const Needs& needs, const double* parameters) {
+  if constexpr (Formula::kHasHardForm) {
+    const bool serves = Formula(parameters).has_hard_form();
+    if (!serves || (wanted & kGradTarget) != 0 || takes_everything<Formula>(needs)) return nullptr;
+    if constexpr (Formula::kTakesProbabilities) {
+      if (needs.weight) return select_hard<T, Formula, true>(wanted);
+    }
+    return select_hard<T, Formula, false>(wanted);
+  }
+  return nullptr;
 }
 
 // The kernel of a problem in types that it need not convert beforehand, or null: what is frequent in training with low
@@ -164,12 +198,13 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
               problem.adjusts_target(), joins_logs};
   if (!joins_logs && takes_everything<Formula>(needs)) needs = {true, !Formula::kTakesProbabilities, true, false};
   const bool has_weight = problem.weight.layout != Layout::Absent || (needs.weight && !has_grad_output);
-  const int gradients = (problem.grad_input.data != nullptr ? kGradInput : 0) |
-                        (problem.grad_target.data != nullptr ? kGradTarget : 0);
+  const int gradients =
+      (problem.grad_input.data != nullptr ? kGradInput : 0) | (problem.grad_target.data != nullptr ? kGradTarget : 0);
   const int stored = gradients | (problem.reduce || problem.loss.data != nullptr ? kLoss : 0);
   const int wanted = summation == Summation::OfStored ? stored : gradients | kSum;
   const Compute<T> compute_converted = select_compute<T, Formula>(wanted, needs);
   // What fills up the last, small block must not be added.
+  const Compute<T> compute_hard = select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters);
   const Compute<T> compute_last = joins_logs ? compute_converted : select_compute<T, Formula>(stored, needs);
   const Compute<T> compute_in_place = needs.weight || needs.pos_weight || needs.adjusts
                                           ? nullptr
@@ -221,13 +256,19 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       block.grad_target = grad_target.block(at, n);
       block.loss_past_caches = loss.goes_past_caches(block.loss);
       block.grad_past_caches = grad_input.goes_past_caches(gradient);
-      (n == padded ? compute_converted : compute_last)(padded, constants, block);
+      const bool has_hard_labels =
+          compute_hard != nullptr && (problem.target.dtype == Dtype::Bool || are_hard_labels(n, y));
+      if (n != padded) {
+        compute_last(padded, constants, block);
+      } else {
+        (has_hard_labels ? compute_hard : compute_converted)(n, constants, block);
+      }
 
       loss.finish(block.loss, at, n);
       grad_input.finish(gradient, at, n);
       grad_target.finish(block.grad_target, at, n);
       if (!result.invalid) {
-        result.invalid = find_invalid<T, Formula>(problem, n, x, y, constants.rule.ignore_index);
+        result.invalid = find_invalid<T, Formula>(problem, n, x, y, has_hard_labels, constants.rule.ignore_index);
       }
     }
     if (joins_logs) {
@@ -254,7 +295,8 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
     const bool is_weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
                              problem.grad_output.layout != Layout::Absent;
     const bool joins_logs = Formula::kJoinsLogarithms && !is_weighted;
-    const ChunkResult result = evaluate_blocks<T, Formula>(problem, begin, end, joins_logs ? Summation::Joined : Summation::InRegisters);
+    const ChunkResult result =
+        evaluate_blocks<T, Formula>(problem, begin, end, joins_logs ? Summation::Joined : Summation::InRegisters);
     // Something infinite makes a summand NaN where it has no weight, and sums of four may be too large for T.
     if (std::isfinite(result.sum)) return result;
   }
@@ -265,11 +307,10 @@ template <typename T>
 BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, int64_t end) {
   OperandReader<T> target(problem, problem.target, end - begin);
   const T ignored = static_cast<T>(problem.ignore_index);
-  int64_t count = 0;
+  int64_t count = end - begin;
   for (int64_t at = begin; at < end; at += kBlock<T>) {
     const int64_t n = smaller(kBlock<T>, end - at);
-    const T* y = target.block(at, n);
-    for (int64_t i = 0; i < n; ++i) count += y[i] != ignored;
+    count -= count_equal(n, target.block(at, n), ignored);
   }
   ChunkResult result;
   result.sum = static_cast<double>(count);

@@ -34,6 +34,21 @@ BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes)
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = sums[lane];
 }
 
+// How many of n elements equal a number.
+template <typename T>
+BCE_EXT_TARGET int64_t count_equal(int64_t n, const T* in, T number) {
+  using Places = math::Condition<Numbers<T>>;
+  Places found = 0;  // minus their number, in each place
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    found = found + (Numbers<T>::load(in + i) == Numbers<T>(number));
+  }
+  int64_t count = 0;
+  for (; i < n; ++i) count += in[i] == number;
+  for (int64_t lane = 0; lane < Numbers<T>::kPerRegister; ++lane) count -= found.low[lane] + found.high[lane];
+  return count;
+}
+
 template <typename T, int kCount>
 BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e, int64_t step) {
   if constexpr (kCount == 1) {

@@ -135,8 +135,8 @@ BCE_EXT_HOST_DEVICE void store_vector(Vector vector, void* out, bool past_caches
   }
 }
 
-// A pack to memory that holds it as S; in bfloat16 as load reads it, and with every NaN having 0 in its low half, as NaNs
-// that come from memory or out of arithmetic do: then rounding leaves it a NaN.
+// A pack to memory that holds it as S; in bfloat16 as load reads it, and with every NaN having 0 in its low half, as
+// NaNs that come from memory or out of arithmetic do: then rounding leaves it a NaN.
 template <typename Numbers, typename S>
 BCE_EXT_HOST_DEVICE void store(Numbers numbers, S* out, bool past_caches) {
   if constexpr (std::is_same_v<S, BFloat16Bits>) {

@@ -7,6 +7,9 @@
 
 namespace bce_ext {
 
+// Of the public operator, in its errors.
+constexpr auto kLinearName = "linear_binary_cross_entropy_with_logits";
+
 // What the internal operators of the linear layer and its loss take first, as views of the caller's arguments.
 struct LinearArguments {
   const Tensor& input;                  // (N, in_features)

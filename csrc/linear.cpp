@@ -121,9 +121,9 @@ bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
 }
 
 // Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
-bool is_small(c10::SymIntArrayRef logits_size) {
+bool is_small(c10::SymIntArrayRef logits_size, bool has_layer) {
   const auto numel = c10::multiply_integers(logits_size).maybe_as_int();
-  return numel.has_value() && *numel <= kFewestElementsForBlocks;
+  return numel.has_value() && *numel < fewest_elements_for_blocks(has_layer);
 }
 
 double number_or_nan(const std::optional<at::Scalar>& number) {
@@ -137,22 +137,25 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
   // What a call costs is most of the time of a small problem.
-  const bool takes_plain_form =
-      has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) && is_small(size);
-  const auto loss_of_dense = [&](const Tensor& dense) {
-    const Tensor logits = is_defined(linear_weight) ? at::linear(input, *linear_weight, linear_bias) : input;
+  const bool takes_plain_form = has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) &&
+                                is_small(size, is_defined(linear_weight));
+  const auto loss_of = [&](const Tensor& logits, const Tensor& dense) {
     constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
     return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);
   };
+  const auto logits = [&] {
+    return is_defined(linear_weight) ? at::linear(input, *linear_weight, linear_bias) : input;
+  };
   if (takes_plain_form && target.layout() == at::kStrided) {
-    if (!are_class_indices(target, input)) return loss_of_dense(target);
+    if (!are_class_indices(target, input)) return loss_of(logits(), target);
     check_class_indices(target, size.back());
-    return loss_of_dense(one_hot(target, size.back()));
+    return loss_of(logits(), one_hot(target, size.back()));
   }
   const SparseTarget split = split_target(target, input, size.back());
   if (takes_plain_form && split.indices.defined() && is_readable(split.values)) {
+    const Tensor all_logits = logits();
     const Tensor dense = dense_of(split, num_rows_of(input), size.back());
-    return loss_of_dense(input.dim() == 2 ? dense : dense.view_symint(size));
+    return loss_of(all_logits, input.dim() == 2 ? dense : dense.view_symint(size));
   }
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const bool has_rows = input.dim() == 2;

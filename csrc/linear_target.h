@@ -1,6 +1,8 @@
 // The target of the linear layer and its loss, block by block.
 #pragma once
 
+#include <vector>
+
 #include "linear.h"
 
 namespace bce_ext {

@@ -1,6 +1,9 @@
 // Targets that are not dense, as a caller gives them: sparse CSR, sparse COO, and class indices.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "linear.h"
 
 namespace bce_ext {

@@ -3,10 +3,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Load.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "autograd.h"
 
@@ -171,6 +173,12 @@ Tensor indices_of(const Parts& parts, at::IntArrayRef size) {
 }  // namespace
 
 SparseTarget split_sparse(const Tensor& target) {
+  // Views that autograd knows of take longer to make than to read. They are made where somebody may ask for them.
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  const bool is_followed = target.requires_grad() || has_tangent(target) || transform_is_active() ||
+                           target.key_set().has_any(wrapped) || c10::impl::TorchDispatchModeTLS::any_modes_set();
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+  if (!is_followed) below_autograd.emplace();
   Parts parts = target.layout() == at::kSparse ? parts_of_coo(target) : parts_of_csr(target);
   Tensor indices;
   if (is_readable(parts.places) && (!parts.crow.defined() || is_readable(parts.crow))) {
@@ -182,6 +190,7 @@ SparseTarget split_sparse(const Tensor& target) {
 
 Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels) {
   if (is_readable(target.values) && is_readable(target.indices)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor dense = dense_on_host(target, num_rows.expect_int(), num_labels.expect_int());
     if (dense.defined()) return dense;
   }

@@ -59,7 +59,7 @@ def call(
         result = _C.bce(loss.name, loss.formula, operands, options, number)
         if result is not NotImplemented:
             return result  # type: ignore[no-any-return]
-    # Compilers and tracers see public operators only, and these take sparse targets.
+    # Compilers and tracers see public operators only.
     tensors = (*operands[:2], *map(as_tensor, operands[2:]))
     return loss.operator(*operands[:2], reduction=number, **_given(loss, tensors, options))
 

@@ -11,12 +11,10 @@
 #include <cmath>
 #include <limits>
 
-#include "linear_target.h"
+#include "sparse_target.h"
 
 namespace bce_ext {
 namespace {
-
-constexpr auto kName = "linear_binary_cross_entropy_with_logits";
 
 template <typename R, typename... Rest>
 using Signature = R(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
@@ -29,46 +27,44 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, const LinearArguments& 
                  std::forward<Rest>(rest)...);
 }
 
-bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/false); }
-
 // What F.linear would refuse, in one sentence. The input has any number of dimensions, and the dtypes may differ:
 // autocast makes them one.
 void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                  const Tensor& target) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, kName,
+      is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, kLinearName,
       ": expected a strided input of a real floating dtype (float64, float32, bfloat16 or float16), but got ",
       input.scalar_type(), ", ", input.layout());
-  TORCH_CHECK(input.dim() >= 1, kName, ": expected an input of at least one dimension, but got a number");
+  TORCH_CHECK(input.dim() >= 1, kLinearName, ": expected an input of at least one dimension, but got a number");
   TORCH_CHECK(
       !is_defined(linear_weight) || (linear_weight->dim() == 2 && linear_weight->sym_size(1) == input.sym_size(-1)),
-      kName, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
+      kLinearName, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
       linear_weight->sym_sizes());
   const auto check_parameter = [&](const Tensor& tensor, const char* what) {
-    TORCH_CHECK(is_arithmetic(tensor.scalar_type()) && tensor.layout() == at::kStrided, kName, ": expected a strided ",
-                what, " of the dtype of input (", input.scalar_type(), "), but got ", tensor.scalar_type(), ", ",
-                tensor.layout());
-    TORCH_CHECK(tensor.device() == input.device(), kName, ": expected ", what, " on the device of input (",
+    TORCH_CHECK(is_arithmetic(tensor.scalar_type()) && tensor.layout() == at::kStrided, kLinearName,
+                ": expected a strided ", what, " of the dtype of input (", input.scalar_type(), "), but got ",
+                tensor.scalar_type(), ", ", tensor.layout());
+    TORCH_CHECK(tensor.device() == input.device(), kLinearName, ": expected ", what, " on the device of input (",
                 input.device(), "), but got ", tensor.device());
     check_storage(tensor, what);
   };
   if (is_defined(linear_weight)) check_parameter(*linear_weight, "linear_weight");
   if (is_defined(linear_bias)) {
-    TORCH_CHECK(is_defined(linear_weight), kName, ": expected no linear_bias without linear_weight");
+    TORCH_CHECK(is_defined(linear_weight), kLinearName, ": expected no linear_bias without linear_weight");
     check_parameter(*linear_bias, "linear_bias");
-    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), kName,
+    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), kLinearName,
                 ": expected linear_bias of size (", linear_weight->sym_size(0), "), but got size ",
                 linear_bias->sym_sizes());
   }
-  TORCH_CHECK(target.device() == input.device(), kName, ": expected target on the device of input (", input.device(),
-              "), but got ", target.device());
+  TORCH_CHECK(target.device() == input.device(), kLinearName, ": expected target on the device of input (",
+              input.device(), "), but got ", target.device());
   check_storage(input, "input");
   check_storage(target, "target");
 }
 
 void check_dtype_of_layer(const Tensor& input, const OptionalTensor& parameter, const char* what) {
-  TORCH_CHECK(!is_defined(parameter) || parameter->scalar_type() == input.scalar_type(), kName, ": expected ", what,
-              " of the dtype of input (", input.scalar_type(), "), but got ", parameter->scalar_type());
+  TORCH_CHECK(!is_defined(parameter) || parameter->scalar_type() == input.scalar_type(), kLinearName, ": expected ",
+              what, " of the dtype of input (", input.scalar_type(), "), but got ", parameter->scalar_type());
 }
 
 c10::SymInt num_rows_of(const Tensor& input) {
@@ -84,106 +80,23 @@ c10::SymDimVector logits_size(const Tensor& input, const OptionalTensor& linear_
   return size;
 }
 
-bool are_class_indices(const Tensor& target, const Tensor& input) {
-  return target.layout() == at::kStrided && target.dim() + 1 == input.dim() && is_integer(target.scalar_type());
-}
-
 void check_target_size(const Tensor& target, const Tensor& input, const OptionalTensor& linear_weight) {
   const auto expected = logits_size(input, linear_weight);
   if (are_class_indices(target, input)) {
-    TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes().slice(0, target.dim()), kName,
+    TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes().slice(0, target.dim()), kLinearName,
                       ": expected class indices of size ", input.sym_sizes().slice(0, target.dim()), ", but got size ",
                       target.sym_sizes());
     return;
   }
-  TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(expected), kName, ": Target size (", target.sym_sizes(),
-                    ") must be the same as the size of the logits (", c10::SymIntArrayRef(expected),
+  TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(expected), kLinearName, ": Target size (",
+                    target.sym_sizes(), ") must be the same as the size of the logits (", c10::SymIntArrayRef(expected),
                     "), or one integer for each row");
-}
-
-// A condition on what a tensor holds. Where the host cannot look without waiting, the device checks it.
-template <typename... Words>
-void check_values(const Tensor& is_valid, const Words&... words) {
-  if (!is_plain(is_valid) || is_valid.is_meta()) return;
-  if (is_valid.is_cpu()) {
-    TORCH_CHECK(is_valid.all().item<bool>(), kName, words...);
-  } else {
-    at::_assert_async(is_valid.all(), "linear_binary_cross_entropy_with_logits: the target is not valid");
-  }
-}
-
-void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
-  if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
-  // As int64, the largest numbers of uint64 would be negative: no label.
-  const bool is_unsigned = target.scalar_type() == at::kUInt64;
-  if (!target.is_cpu()) return check_values(target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
-  check_storage(target, "target");
-  const Tensor indices = target.to(at::kLong).contiguous();
-  const auto* begin = indices.const_data_ptr<int64_t>();
-  const auto check_largest = [&](const auto* in) {
-    const auto largest = *std::max_element(in, in + indices.numel());
-    TORCH_CHECK_INDEX(static_cast<double>(largest) < static_cast<double>(num_labels.expect_int()), kName,
-                      ": expected class indices below the number of labels (", num_labels, "), but one is ", largest);
-  };
-  is_unsigned ? check_largest(reinterpret_cast<const uint64_t*>(begin)) : check_largest(begin);
-}
-
-struct SparseTarget {
-  Tensor values, indices;
-};
-
-SparseTarget from_csr(const Tensor& target) {
-  TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kName,
-              ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
-              " dense ones");
-  check_storage(target.crow_indices(), "the crow_indices of target");
-  check_storage(target.col_indices(), "the col_indices of target");
-  check_storage(target.values(), "the values of target");
-  const Tensor crow = target.crow_indices().to(at::kLong);
-  const Tensor labels = target.col_indices().to(at::kLong);
-  Tensor values = target.values();
-  const int64_t count = values.size(0);
-  TORCH_CHECK(crow.dim() == 1 && crow.size(0) == target.size(0) + 1 && labels.dim() == 1 && labels.size(0) == count,
-              kName, ": expected crow_indices of size ", target.size(0) + 1, " and as many col_indices as values (",
-              count, "), but got sizes ", crow.sizes(), " and ", labels.sizes());
-  const Tensor is_monotone = (crow.diff() >= 0).all();
-  check_values(is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
-               ": expected crow_indices that rise from 0 to the number of values (", count, ")");
-  // A search stays inside of any crow_indices, where counting through them would not.
-  const Tensor rows =
-      at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
-  return {std::move(values), at::stack({rows, labels})};
-}
-
-SparseTarget from_coo(const Tensor& target) {
-  TORCH_CHECK(target.dense_dim() == 0, kName, ": expected a sparse COO target without dense dimensions, but got ",
-              target.dense_dim());
-  check_storage(target._indices(), "the indices of target");
-  check_storage(target._values(), "the values of target");
-  // Duplicates are added up anyway; only coalesced values have a derivative.
-  const bool coalesces = target.requires_grad();
-  const Tensor given = coalesces ? target.coalesce() : target;
-  const Tensor positions = coalesces ? given.indices() : given._indices();
-  Tensor rows = at::zeros({positions.size(1)}, positions.options());
-  for (int64_t d = 0; d + 1 < target.dim(); ++d) {
-    const Tensor position = positions.select(0, d);
-    check_values((position >= 0).logical_and(position < target.size(d)),
-                 ": expected indices of the sparse target below its size (", target.size(d), ") in dimension ", d);
-    rows = rows * target.size(d) + position;
-  }
-  return {coalesces ? given.values() : given._values(), at::stack({rows, positions.select(0, -1)})};
 }
 
 // A target as the internal operators take it.
 SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::SymInt& num_labels) {
-  if (target.layout() == at::kSparse || target.layout() == at::kSparseCsr) {
-    SparseTarget sparse = target.layout() == at::kSparse ? from_coo(target) : from_csr(target);
-    const Tensor labels = sparse.indices.select(0, 1);
-    check_values((labels >= 0).logical_and(labels < target.size(-1)),
-                 ": expected the sparse target to have labels from 0 to ", target.size(-1) - 1);
-    return sparse;
-  }
-  TORCH_CHECK(target.layout() == at::kStrided, kName,
+  if (target.layout() == at::kSparse || target.layout() == at::kSparseCsr) return split_sparse(target);
+  TORCH_CHECK(target.layout() == at::kStrided, kLinearName,
               ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
   if (!are_class_indices(target, input)) {
     if (target.dim() == 2) return {target, Tensor()};
@@ -203,31 +116,14 @@ OptionalTensor with_rows_in_one_dimension(const OptionalTensor& weight, const Te
   return weight->expand_symint(size).reshape_symint({num_rows_of(input), weight->sym_size(-1)});
 }
 
-// Class indices as a dense target. A negative index is no label.
-Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
-  if (!is_plain(target) || !target.is_cpu()) {
-    return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
-  }
-  const Tensor indices = target.to(at::kLong).contiguous();
-  c10::DimVector size(target.sizes());
-  size.push_back(num_labels.expect_int());
-  const Tensor dense = at::zeros(size, target.options().dtype(at::kBool));
-  const auto* label = indices.const_data_ptr<int64_t>();
-  auto* row = dense.mutable_data_ptr<bool>();
-  for (const auto i : c10::irange(indices.numel())) {
-    if (label[i] >= 0 && label[i] < size.back()) row[i * size.back() + label[i]] = true;
-  }
-  return dense;
-}
-
-bool has_dtype_of(const OptionalTensor& tensor, const Tensor& input) {
-  return is_defined(tensor) && tensor->scalar_type() == input.scalar_type();
+bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
+  return !is_defined(parameter) || parameter->scalar_type() == input.scalar_type();
 }
 
 // Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
-bool is_small(c10::SymIntArrayRef logits_size) {
+bool is_small(c10::SymIntArrayRef logits_size, bool has_layer) {
   const auto numel = c10::multiply_integers(logits_size).maybe_as_int();
-  return numel.has_value() && *numel <= kFewestElementsForBlocks;
+  return numel.has_value() && *numel < fewest_elements_for_blocks(has_layer);
 }
 
 double number_or_nan(const std::optional<at::Scalar>& number) {
@@ -240,17 +136,27 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_layer(input, linear_weight, linear_bias, target);
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
-  if (has_dtype_of(linear_weight, input) && (!is_defined(linear_bias) || has_dtype_of(linear_bias, input)) &&
-      target.layout() == at::kStrided && is_small(size)) {
-    // What a call costs is most of the time of a small problem.
-    const bool has_class_indices = are_class_indices(target, input);
-    if (has_class_indices) check_class_indices(target, size.back());
-    const Tensor dense = has_class_indices ? one_hot(target, size.back()) : target;
-    const Tensor logits = at::linear(input, *linear_weight, linear_bias);
+  // What a call costs is most of the time of a small problem.
+  const bool takes_plain_form = has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) &&
+                                is_small(size, is_defined(linear_weight));
+  const auto loss_of = [&](const Tensor& logits, const Tensor& dense) {
     constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
     return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);
+  };
+  const auto logits = [&] {
+    return is_defined(linear_weight) ? at::linear(input, *linear_weight, linear_bias) : input;
+  };
+  if (takes_plain_form && target.layout() == at::kStrided) {
+    if (!are_class_indices(target, input)) return loss_of(logits(), target);
+    check_class_indices(target, size.back());
+    return loss_of(logits(), one_hot(target, size.back()));
   }
   const SparseTarget split = split_target(target, input, size.back());
+  if (takes_plain_form && split.indices.defined() && is_readable(split.values)) {
+    const Tensor all_logits = logits();
+    const Tensor dense = dense_of(split, num_rows_of(input), size.back());
+    return loss_of(all_logits, input.dim() == 2 ? dense : dense.view_symint(size));
+  }
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const bool has_rows = input.dim() == 2;
   const Tensor rows = has_rows ? input : input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
@@ -286,7 +192,7 @@ Tensor linear_below_autograd(const LinearArguments& arguments, int64_t reduction
 }  // namespace
 
 void check_layer(const LinearArguments& arguments) {
-  TORCH_CHECK(arguments.input.defined() && arguments.target.defined(), kName,
+  TORCH_CHECK(arguments.input.defined() && arguments.target.defined(), kLinearName,
               ": expected input and target to be Tensors, but got None");
   check_layer(arguments.input, arguments.linear_weight, arguments.linear_bias, arguments.target);
 }
@@ -297,16 +203,17 @@ void check_logits_and_target(const LinearArguments& arguments) {
   const Tensor& target = arguments.target;
   check_dtype_of_layer(input, arguments.linear_weight, "linear_weight");
   check_dtype_of_layer(input, arguments.linear_bias, "linear_bias");
-  TORCH_CHECK_VALUE(input.dim() == 2, kName, ": expected rows of input, but got ", input.dim(), " dimensions");
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), kName,
+  TORCH_CHECK_VALUE(input.dim() == 2, kLinearName, ": expected rows of input, but got ", input.dim(), " dimensions");
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), kLinearName,
               ": expected a real target, but got ", target.scalar_type());
   if (!arguments.is_sparse()) return check_target_size(target, input, arguments.linear_weight);
   const Tensor& indices = *arguments.indices;
   TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&
                   indices.sym_size(1) == target.sym_size(0) && indices.scalar_type() == at::kLong &&
                   indices.device() == target.device(),
-              kName, ": expected int64 indices of size (2, ", target.sym_numel(), ") on the device of their values, ",
-              "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(), " on ", indices.device());
+              kLinearName, ": expected int64 indices of size (2, ", target.sym_numel(),
+              ") on the device of their values, ", "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(),
+              " on ", indices.device());
   check_storage(indices, "indices");
 }
 
@@ -325,7 +232,7 @@ void check_loss_and_grads(const LinearArguments& arguments, at::ScalarType dtype
   check_loss_dtype(dtype);
   if (!is_defined(grad_output)) return;
   check_grad_output(*grad_output, arguments.of_loss(arguments.input, arguments.target));
-  TORCH_CHECK(grad_output->dim() == 0, kName, ": expected a grad_output of one number, but got size ",
+  TORCH_CHECK(grad_output->dim() == 0, kLinearName, ": expected a grad_output of one number, but got size ",
               grad_output->sym_sizes());
 }
 
@@ -346,10 +253,8 @@ Tensor dense_target(const LinearArguments& arguments) {
   const Tensor& target = arguments.target;
   const c10::SymInt num_labels = arguments.num_labels();
   if (arguments.has_class_indices()) return one_hot(target, num_labels);
-  if (!arguments.is_sparse()) return target;
-  const Tensor zeros = at::zeros_symint({arguments.num_rows(), num_labels}, target.options());
-  return zeros.index_put({arguments.indices->select(0, 0), arguments.indices->select(0, 1)}, target,
-                         /*accumulate=*/true);
+  if (arguments.is_sparse()) return dense_of({target, *arguments.indices}, arguments.num_rows(), num_labels);
+  return target;
 }
 
 Tensor logits_of(const LinearArguments& arguments) {
@@ -382,7 +287,7 @@ LossAndGrads linear_bce_loss_and_grads(const LinearArguments& arguments, c10::Sy
   return call(op, arguments, std::move(divisor), dtype, grad_output, output_mask);
 }
 
-TORCH_LIBRARY_IMPL(bce_ext, CompositeImplicitAutograd, m) { m.impl(kName, linear_with_logits); }
+TORCH_LIBRARY_IMPL(bce_ext, CompositeImplicitAutograd, m) { m.impl(kLinearName, linear_with_logits); }
 TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) {
   m.impl("_linear_bce", LinearFlat<linear_below_autograd>::call);
 }
@@ -398,7 +303,7 @@ Tensor linear_composite(const LinearArguments& arguments, int64_t reduction, std
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bce_ext, FuncTorchBatched, m) {
-  m.impl(kName, linear_with_logits);
+  m.impl(kLinearName, linear_with_logits);
   m.impl("_linear_bce", LinearFlat<linear_composite>::call);
 }
 

@@ -7,6 +7,9 @@
 
 namespace bce_ext {
 
+// Of the public operator, in its errors.
+constexpr auto kLinearName = "linear_binary_cross_entropy_with_logits";
+
 // What the internal operators of the linear layer and its loss take first, as views of the caller's arguments.
 struct LinearArguments {
   const Tensor& input;                  // (N, in_features)
@@ -80,8 +83,9 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 // The part of the divisor that the host knows.
 c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction);
 
-// Fewer logits fit into the caches as they are, and the plain form does not cut its products.
-constexpr int64_t kFewestElementsForBlocks = int64_t{1} << 20;
+// Fewer logits fit into the caches as they are, and the plain form does not cut its products. Without a layer, a block
+// saves the dense target alone.
+constexpr int64_t fewest_elements_for_blocks(bool has_layer) { return int64_t{1} << (has_layer ? 20 : 22); }
 
 // Whether blocks are faster than the plain form. They need a reduced loss and a device with kernels.
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction);

@@ -47,7 +47,7 @@ OptionalTensor weight_of(const OptionalTensor& weight, const Range& range) {
 // where they do not overflow, and the sums over blocks are scaled before they are rounded.
 bool scales_sums(const LinearArguments& arguments) { return arguments.input.scalar_type() == at::kHalf; }
 
-// The largest of the gradients, which takes over the pages of that of the step before.
+// A large gradient, which takes over the pages of that of the step before.
 Tensor empty_gradient(at::IntArrayRef sizes, const at::TensorOptions& options) {
   if (!options.device().is_cpu()) return at::empty(sizes, options);
   return empty_output(sizes, {sizes[1], 1}, options.dtype().toScalarType());
@@ -76,7 +76,11 @@ class BlockwiseLoss {
     if (is_defined(grad_output)) grad_output_ = grad_output->to(at::kDouble);
     const auto sum_options =
         options.dtype(arguments.has_layer() || scales_sums(arguments) ? sum_dtype_ : arguments.input.scalar_type());
-    grad_input_ = at::zeros(mask[0] ? arguments.input.sizes() : at::IntArrayRef{0}, sum_options);
+    if (mask_[0] && !arguments.has_layer()) {
+      grad_input_ = empty_gradient(arguments.input.sizes(), sum_options);  // each block is written once
+    } else {
+      grad_input_ = at::zeros(mask_[0] ? arguments.input.sizes() : at::IntArrayRef{0}, sum_options);
+    }
     grad_weight_ = mask_[1] ? empty_gradient(arguments.linear_weight->sizes(), options) : at::empty({0}, options);
     grad_bias_ = at::empty({mask_[2] ? blocks_.num_labels : 0}, options);
     if (mask_[2]) ones_ = at::ones({1, blocks_.block_rows}, options);
@@ -236,7 +240,7 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction) {
   if (reduction == at::Reduction::None || !has_kernel(arguments.input)) return false;
   return (arguments.num_rows() * arguments.num_labels())
-      .sym_gt(kFewestElementsForBlocks)
+      .sym_ge(fewest_elements_for_blocks(arguments.has_layer()))
       .guard_or_false(__FILE__, __LINE__);
 }
 

@@ -1,6 +1,8 @@
 // The target of the linear layer and its loss, block by block.
 #pragma once
 
+#include <vector>
+
 #include "linear.h"
 
 namespace bce_ext {
@@ -20,8 +22,8 @@ struct Range {
 };
 
 // A dense target is looked at in place. Class indices and sparse targets are written into a buffer of the size of a
-// block; their elements are sorted by block once, so that all blocks together cost as much as the elements that there
-// are.
+// block; on the host their elements are sorted by block once, so that all blocks together cost as much as the elements
+// that there are.
 class BlockTarget {
  public:
   BlockTarget(const LinearArguments& arguments, const Blocks& blocks);
@@ -30,18 +32,28 @@ class BlockTarget {
   Tensor block(const Range& range);
 
  private:
-  void sort_elements(const LinearArguments& arguments);
-  void fill(int64_t block);
+  struct Element {
+    int64_t place;  // in the buffer
+    int64_t value;  // its number among the values
+  };
+
+  void sort_on_host(const Tensor& rows, const Tensor& labels, bool allows_none);
+  void fill_on_host(int64_t block);
+  void list_on_device(const Tensor& rows, const Tensor& labels);
+  void fill_on_device(int64_t block);
 
   const Blocks blocks_;
   Tensor dense_;  // undefined where elements are listed
 
-  // An element: its block, its place in the buffer, its value.
-  Tensor block_of_, places_, values_;
-  std::vector<int64_t> begin_;  // of the elements of each block, where they are sorted
+  Tensor values_, buffer_;
 
-  Tensor buffer_;
-  Tensor written_;  // the places of the buffer that are not 0
+  // On the host: elements [begin_[b], begin_[b + 1]) are those of block b.
+  std::vector<int64_t> begin_;
+  std::vector<Element> elements_;
+  int64_t written_block_ = -1;  // the one that the buffer holds
+
+  // On a device: block and place of each value, and the places that the buffer holds.
+  Tensor block_of_, places_, written_places_;
 };
 
 }  // namespace bce_ext

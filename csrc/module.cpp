@@ -57,6 +57,8 @@ py::dict build_info() {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+constexpr int64_t kWithLogits = 0;  // Formula::WithLogits
+
 PyObject* argument_type_error() {
   static const auto type = py::object(py::module_::import("bce_ext.errors").attr("ArgumentTypeError")).release();
   return type.ptr();
@@ -89,9 +91,22 @@ c10::SmallVector<double, 8> as_numbers(const py::tuple& options) {
   return numbers;
 }
 
-// The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented where the
-// public operator is to be called: under torch.jit.trace, which records what goes through torch.ops, and for a sparse
-// target.
+// bce_ext::binary_cross_entropy_with_logits, which takes sparse targets as well.
+at::Tensor bce_of_any_target(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& w, const OptionalTensor& p,
+                             const OptionalTensor& n, const py::tuple& options, int64_t reduction) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "options")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+                            double, const std::optional<at::Scalar>&, const OptionalTensor&)>();
+  const auto label_smoothing = options[0].cast<double>();
+  const auto ignore_index = options[1].is_none() ? std::nullopt : std::optional<at::Scalar>(options[1].cast<double>());
+  const py::gil_scoped_release no_gil;
+  return op.call(x, y, w, p, reduction, label_smoothing, ignore_index, n);
+}
+
+// The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented under
+// torch.jit.trace, which records what goes through torch.ops.
 py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
                int64_t reduction) {
   static const auto op = c10::Dispatcher::singleton()
@@ -104,8 +119,9 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
   const OptionalTensor w = as_weight(operands[2], function, "weight");
   const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[4], function, "normalizer");
-  if (torch::jit::tracer::isTracing() || y.layout() != at::kStrided) {
-    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (formula == kWithLogits && y.layout() != at::kStrided) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, options, reduction)));
   }
   const c10::SmallVector<double, 8> numbers = as_numbers(options);
   py::gil_scoped_release no_gil;

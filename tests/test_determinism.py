@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from callables import CROSS_ENTROPIES, Member, every_formula
+from linear_cases import make_case
 from reference import CHUNK, FLOATING_DTYPES, make_logits, make_targets, make_weights
 from torch import Tensor
 
@@ -118,3 +121,77 @@ def test_a_gradient_too_large_for_the_caches_is_the_same(dtype: torch.dtype, dev
     ):
         _, expected = evaluate(WITH_LOGITS, some_input, some_target, None, "sum")
         assert torch.equal(some_gradient, expected)
+
+
+def bits(function: Callable[[], list[Tensor]], threads: int) -> list[Tensor]:
+    torch.set_num_threads(threads)
+    return function()
+
+
+def differs(function: Callable[[], list[Tensor]]) -> bool:
+    """Whether the bits depend on the number of threads."""
+    expected = bits(function, 1)
+    return not all(
+        torch.equal(a, e) for threads in (2, 3) for a, e in zip(bits(function, threads), expected, strict=True)
+    )
+
+
+def with_gradients(loss: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("kind", ["csr", "coo"])
+@pytest.mark.parametrize("shape", [(65, 33), (1030, 4099)], ids=["small", "blocks"])
+def test_threads_do_not_matter_to_sparse_targets(shape: tuple[int, int], kind: str) -> None:
+    target = make_case(shape[0], 1, shape[1], kind, torch.float32).target
+    logits = make_logits(shape, torch.float32, "cpu")
+    assert not differs(lambda: with_gradients(lambda x: F.binary_cross_entropy_with_logits(x, target), logits))
+
+
+LAYERS = [(7, 3, 13), (257, 3, 8193), (1025, 16, 2049)]  # the last two take blocks
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("kind", ["dense", "csr", "class indices"])
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_threads_do_not_matter_to_the_loss_of_exact_logits(shape: tuple[int, int, int], kind: str) -> None:
+    """Products of small integers are exact in any order, so that what is left is the loss and its sum over blocks."""
+    case = make_case(*shape, kind, torch.float32)
+    input, linear_weight = case.input.round(), case.linear_weight.round()
+    assert not differs(lambda: [F.linear_binary_cross_entropy_with_logits(input, linear_weight, case.target)])
+
+
+def products_of_blocks(input: Tensor, linear_weight: Tensor, linear_bias: Tensor) -> list[Tensor]:
+    """Those that the layer takes: the logits, and the sums for the gradients of input, weight and bias."""
+    results = []
+    rows = min(len(input), 512)
+    labels = 2**19 // rows
+    for weight, bias in zip(linear_weight.split(labels), linear_bias.split(labels), strict=True):
+        for part in input.split(rows):
+            logits = torch.addmm(bias, part, weight.T)
+            results += [logits, torch.addmm(part, logits, weight), torch.addmm(weight, logits.T, part)]
+            results += [logits @ weight, logits.T @ part, torch.ones_like(logits[:, :1]).T @ logits]
+    return results
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("kind", ["dense", "csr", "class indices"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_threads_do_not_matter_to_a_layer_whose_products_they_do_not_change(
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: str
+) -> None:
+    case = make_case(*shape, kind, dtype)
+    assert case.linear_bias is not None
+    layer = (case.input, case.linear_weight, case.linear_bias)
+    if differs(lambda: products_of_blocks(*layer)):
+        pytest.skip("the matrix products of this BLAS depend on the number of threads")
+    assert not differs(
+        lambda: with_gradients(
+            lambda x, w, b: F.linear_binary_cross_entropy_with_logits(x, w, case.target, linear_bias=b), *layer
+        )
+    )

@@ -1,0 +1,241 @@
+#include "sparse_target.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/Load.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "autograd.h"
+
+namespace bce_ext {
+
+bool is_readable(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  return tensor.is_cpu() && is_plain(tensor) && !tensor.requires_grad() && !has_tangent(tensor) &&
+         !tensor.key_set().has_any(lazy) && !transform_is_active();
+}
+
+bool has_addition(at::ScalarType type) { return type == at::kBool || type == at::kLong || is_arithmetic(type); }
+
+namespace {
+
+// A condition on what a tensor holds. Where the host cannot look without waiting, the device checks it.
+template <typename... Words>
+void check_values(const Tensor& is_valid, const Words&... words) {
+  if (!is_plain(is_valid) || is_valid.is_meta()) return;
+  if (is_valid.is_cpu()) {
+    TORCH_CHECK(is_valid.all().item<bool>(), kLinearName, words...);
+  } else {
+    at::_assert_async(is_valid.all(), "linear_binary_cross_entropy_with_logits: the target is not valid");
+  }
+}
+
+// ---- what a sparse tensor consists of ----
+
+struct Parts {
+  Tensor values;  // (nnz)
+  Tensor crow;    // (rows + 1), where the values of each row begin; undefined for COO
+  Tensor places;  // the labels (nnz) for CSR, the indices (dimensions, nnz) for COO
+};
+
+Parts parts_of_csr(const Tensor& target) {
+  TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kLinearName,
+              ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
+              " dense ones");
+  Parts parts{target.values(), target.crow_indices(), target.col_indices()};
+  check_storage(parts.crow, "the crow_indices of target");
+  check_storage(parts.places, "the col_indices of target");
+  check_storage(parts.values, "the values of target");
+  const int64_t count = parts.values.size(0);
+  TORCH_CHECK(parts.crow.dim() == 1 && parts.crow.size(0) == target.size(0) + 1 && parts.places.dim() == 1 &&
+                  parts.places.size(0) == count,
+              kLinearName, ": expected crow_indices of size ", target.size(0) + 1,
+              " and as many col_indices as values (", count, "), but got sizes ", parts.crow.sizes(), " and ",
+              parts.places.sizes());
+  parts.crow = parts.crow.to(at::kLong);
+  parts.places = parts.places.to(at::kLong);
+  return parts;
+}
+
+Parts parts_of_coo(const Tensor& target) {
+  TORCH_CHECK(target.dense_dim() == 0, kLinearName, ": expected a sparse COO target without dense dimensions, but got ",
+              target.dense_dim());
+  Parts parts{target._values(), Tensor(), target._indices()};
+  check_storage(parts.places, "the indices of target");
+  check_storage(parts.values, "the values of target");
+  TORCH_CHECK(parts.values.dim() == 1 && parts.places.dim() == 2 && parts.places.size(0) == target.dim() &&
+                  parts.places.size(1) == parts.values.size(0),
+              kLinearName, ": expected as many indices of ", target.dim(), " dimensions as values, but got sizes ",
+              parts.places.sizes(), " and ", parts.values.sizes());
+  if (!target.requires_grad()) return parts;
+  // Duplicates are added up anyway; only coalesced values have a derivative.
+  const Tensor coalesced = target.coalesce();
+  return {coalesced.values(), Tensor(), coalesced.indices()};
+}
+
+// ---- on the host ----
+
+bool is_inside(int64_t index, int64_t size) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
+
+// Row and label of each value; undefined where an index is outside.
+Tensor indices_on_host(const Parts& parts, at::IntArrayRef size) {
+  const int64_t count = parts.values.size(0), num_labels = size.back();
+  const Tensor indices = at::empty({2, count}, parts.places.options());
+  auto* rows = indices.mutable_data_ptr<int64_t>();
+  auto* labels = rows + count;
+  if (parts.crow.defined()) {
+    const auto begin = parts.crow.accessor<const int64_t, 1>();
+    const auto label = parts.places.accessor<const int64_t, 1>();
+    if (begin[0] != 0 || begin[size[0]] != count) return {};
+    for (const auto row : c10::irange(size[0])) {
+      if (begin[row + 1] < begin[row] || begin[row + 1] > count) return {};
+      std::fill(rows + begin[row], rows + begin[row + 1], row);
+    }
+    for (const auto i : c10::irange(count)) {
+      if (!is_inside(label[i], num_labels)) return {};
+      labels[i] = label[i];
+    }
+    return indices;
+  }
+  const auto place = parts.places.accessor<const int64_t, 2>();
+  const int64_t last = static_cast<int64_t>(size.size()) - 1;
+  for (const auto i : c10::irange(count)) {
+    int64_t row = 0;
+    for (const auto d : c10::irange(last)) {
+      if (!is_inside(place[d][i], size[d])) return {};
+      row = row * size[d] + place[d][i];
+    }
+    if (!is_inside(place[last][i], num_labels)) return {};
+    rows[i] = row;
+    labels[i] = place[last][i];
+  }
+  return indices;
+}
+
+// Undefined where an index is outside, or the values have a dtype without addition.
+Tensor dense_on_host(const SparseTarget& target, int64_t num_rows, int64_t num_labels) {
+  const bool is_hard = is_hard_label(target.values.scalar_type());
+  if (!has_addition(target.values.scalar_type()) && !is_hard) return {};
+  const Tensor values = has_addition(target.values.scalar_type()) ? target.values : target.values.to(at::kLong);
+  const Tensor dense = at::zeros({num_rows, num_labels}, values.options());
+  const auto index = target.indices.accessor<const int64_t, 2>();
+  bool is_valid = true;
+  AT_DISPATCH_FLOATING_TYPES_AND4(at::kHalf, at::kBFloat16, at::kBool, at::kLong, values.scalar_type(), kLinearName,
+                                  [&] {
+                                    const auto value = values.accessor<const scalar_t, 1>();
+                                    auto* out = dense.mutable_data_ptr<scalar_t>();
+                                    for (const auto i : c10::irange(values.size(0))) {
+                                      const int64_t row = index[0][i], label = index[1][i];
+                                      is_valid = is_valid && is_inside(row, num_rows) && is_inside(label, num_labels);
+                                      if (!is_valid) return;
+                                      add_to(out[row * num_labels + label], c10::load(&value[i]));
+                                    }
+                                  });
+  return is_valid ? dense : Tensor();
+}
+
+// ---- by operations of ATen, which can be followed: they serve other devices, transforms and derivatives ----
+
+Tensor rows_of_csr(const Parts& parts) {
+  const Tensor& crow = parts.crow;
+  const int64_t count = parts.values.size(0);
+  const Tensor is_monotone = (crow.diff() >= 0).all();
+  check_values(is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
+               ": expected crow_indices that rise from 0 to the number of values (", count, ")");
+  // A search stays inside of any crow_indices, where counting through them would not.
+  return at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
+}
+
+Tensor rows_of_coo(const Parts& parts, at::IntArrayRef size) {
+  Tensor rows = at::zeros({parts.places.size(1)}, parts.places.options());
+  for (const auto d : c10::irange(size.size() - 1)) {
+    const Tensor position = parts.places.select(0, d);
+    check_values((position >= 0).logical_and(position < size[d]),
+                 ": expected indices of the sparse target below its size (", size[d], ") in dimension ", d);
+    rows = rows * size[d] + position;
+  }
+  return rows;
+}
+
+Tensor indices_of(const Parts& parts, at::IntArrayRef size) {
+  const Tensor rows = parts.crow.defined() ? rows_of_csr(parts) : rows_of_coo(parts, size);
+  const Tensor labels = parts.crow.defined() ? parts.places : parts.places.select(0, -1);
+  check_values((labels >= 0).logical_and(labels < size.back()),
+               ": expected the sparse target to have labels from 0 to ", size.back() - 1);
+  return at::stack({rows, labels});
+}
+
+}  // namespace
+
+SparseTarget split_sparse(const Tensor& target) {
+  // Views that autograd knows of take longer to make than to read. They are made where somebody may ask for them.
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  const bool is_followed = target.requires_grad() || has_tangent(target) || transform_is_active() ||
+                           target.key_set().has_any(wrapped) || c10::impl::TorchDispatchModeTLS::any_modes_set();
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+  if (!is_followed) below_autograd.emplace();
+  Parts parts = target.layout() == at::kSparse ? parts_of_coo(target) : parts_of_csr(target);
+  Tensor indices;
+  if (is_readable(parts.places) && (!parts.crow.defined() || is_readable(parts.crow))) {
+    indices = indices_on_host(parts, target.sizes());
+  }
+  if (!indices.defined()) indices = indices_of(parts, target.sizes());  // which says what is wrong, if anything is
+  return {std::move(parts.values), std::move(indices)};
+}
+
+Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels) {
+  if (is_readable(target.values) && is_readable(target.indices)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor dense = dense_on_host(target, num_rows.expect_int(), num_labels.expect_int());
+    if (dense.defined()) return dense;
+  }
+  const Tensor zeros = at::zeros_symint({num_rows, num_labels}, target.values.options());
+  return zeros.index_put({target.indices.select(0, 0), target.indices.select(0, 1)}, target.values,
+                         /*accumulate=*/true);
+}
+
+// ---- class indices ----
+
+bool are_class_indices(const Tensor& target, const Tensor& input) {
+  return target.layout() == at::kStrided && target.dim() + 1 == input.dim() &&
+         at::isIntegralType(target.scalar_type(), /*includeBool=*/false);
+}
+
+void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
+  if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
+  // As int64, the largest numbers of uint64 would be negative: no label.
+  const bool is_unsigned = target.scalar_type() == at::kUInt64;
+  if (!target.is_cpu()) return check_values(target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
+  check_storage(target, "target");
+  const Tensor indices = target.to(at::kLong).contiguous();
+  const auto* begin = indices.const_data_ptr<int64_t>();
+  const auto check_largest = [&](const auto* in) {
+    const auto largest = *std::max_element(in, in + indices.numel());
+    TORCH_CHECK_INDEX(static_cast<double>(largest) < static_cast<double>(num_labels.expect_int()), kLinearName,
+                      ": expected class indices below the number of labels (", num_labels, "), but one is ", largest);
+  };
+  is_unsigned ? check_largest(reinterpret_cast<const uint64_t*>(begin)) : check_largest(begin);
+}
+
+Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
+  if (!is_plain(target) || !target.is_cpu()) {
+    return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
+  }
+  const Tensor indices = target.to(at::kLong).contiguous();
+  c10::DimVector size(target.sizes());
+  size.push_back(num_labels.expect_int());
+  const Tensor dense = at::zeros(size, target.options().dtype(at::kBool));
+  const auto* label = indices.const_data_ptr<int64_t>();
+  auto* row = dense.mutable_data_ptr<bool>();
+  for (const auto i : c10::irange(indices.numel())) {
+    if (label[i] >= 0 && label[i] < size.back()) row[i * size.back() + label[i]] = true;
+  }
+  return dense;
+}
+
+}  // namespace bce_ext

@@ -83,7 +83,7 @@ demo: $(BUILT)  ## trains real models with torch's loss and with ours, and compa
 	$(PY) examples/identifiers.py --files 700 --steps 60
 
 test: $(BUILT)  ## the whole test suite
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests $$($(PY) tests/environment.py --distribute) $(ARGS)
 
 # Built in the tree, so that its objects serve; but from an empty directory of modules, and used from another place, in an environment of its own.
 # The libraries of torch stay torch's.

@@ -6,6 +6,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 
+# Beside another process of the suite, a thread that waits for its next loop must not occupy the core. Read when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from gpu import WHY_NO_CUDA
@@ -49,3 +53,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Programs that the tests start find the package of this tree, wherever pytest was started.
     root = str(config.rootpath)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process where there is a GPU, since tests measure what is allocated on it; else as many as pytest-xdist thinks fit."""
+    return 0 if torch.cuda.is_available() else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        """A folder of tests is one file: they share what it builds."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            folder, _, file = nodeid.partition("::")[0].removeprefix("tests/").rpartition("/")
+            return folder or file
+
+    return Scheduling(config, log)

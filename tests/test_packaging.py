@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,10 @@ def test_hooks_have_the_versions_of_lint(tool: str) -> None:
     hooks = re.findall(rf"\b{tool}==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks
     assert set(hooks) == {pinned}
+
+
+@pytest.mark.parametrize("isolated", [True, False], ids=["without pytest-xdist", "as it is here"])
+def test_the_suite_is_distributed_where_it_can_be(isolated: bool) -> None:
+    command = [sys.executable, *(["-S"] if isolated else []), str(ROOT / "tests" / "environment.py"), "--distribute"]
+    options = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert bool(options) == (not isolated and find_spec("xdist") is not None)

@@ -260,8 +260,7 @@ struct Asymmetric {
     const T log_e = math::log1p_of_unit(e);
     const T log_of_bound = math::log_of_unit(bound);
     const math::Condition<T> positive_is_bounded = positive < bound;
-    const T log_positive =
-        math::select(positive_is_bounded, log_of_bound, math::select(below, x, zero) - log_e);
+    const T log_positive = math::select(positive_is_bounded, log_of_bound, math::select(below, x, zero) - log_e);
     const T slope_positive = math::select(positive_is_bounded, zero, negative);
     const T excess = positive - T(clip);
     const math::Condition<T> is_clipped = excess < zero;

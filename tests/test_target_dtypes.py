@@ -146,6 +146,16 @@ def test_numbers_as_weights(dtype: torch.dtype, reduction: str, device: str) -> 
     assert bce_ext.BCELoss(2.0, reduction=reduction).to(device)(probabilities, target).dtype == dtype
 
 
+@pytest.mark.parametrize("label", [2, -1, 2**32, 2**32 + 1, -(2**63)])
+@pytest.mark.parametrize("place", [0, 1000, 1024, 2049])  # in the first block of a CPU kernel, the next, what is left
+def test_an_integer_that_is_no_label_raises_wherever_it_stands(place: int, label: int) -> None:
+    target = torch.ones(2050, dtype=torch.int64)
+    target[place] = label
+    for loss in (functional, bce_ext.functional.asymmetric_loss):
+        with pytest.raises(RuntimeError, match=r"targets to be 0 or 1, but one is"):
+            loss(torch.zeros(2050), target)
+
+
 @every_reduction
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 1), (5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

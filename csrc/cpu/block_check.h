@@ -53,6 +53,16 @@ BCE_EXT_TARGET int64_t first_invalid(int64_t n, const T* in, T ignored) {
   return i;
 }
 
+// The first of n integers that is not a label.
+BCE_EXT_TARGET std::optional<InvalidElement> find_invalid_label(int64_t n, const int64_t* in) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) bits |= static_cast<uint64_t>(in[i]);
+  if (bits <= 1) return std::nullopt;
+  int64_t i = 0;
+  while (in[i] == 0 || in[i] == 1) ++i;
+  return InvalidElement{true, static_cast<double>(in[i])};
+}
+
 // The first element of the block that is not valid. The probability of an ignored element may have any value.
 // `has_hard_labels`: all targets are known to be 0 or 1.
 template <typename T, typename Formula>

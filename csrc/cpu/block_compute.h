@@ -26,15 +26,15 @@ struct InMemory {
   using G = Gradient;
 };
 
-// What the next block will read. Fetched while this one is computed: by itself the processor looks no further than to
-// the end of a page, which is as long as a block.
+// What the next block will read. Fetched while this one is computed, the input in its first loop and the rest in the
+// second: by itself the processor looks no further than to the end of a page, which is as long as a block.
 struct Ahead {
   Stream x, y, w, p;
 };
 
-template <typename T>
+template <typename T, typename S = T>
 BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
-  constexpr int64_t kStep = kCacheLine / sizeof(T);
+  constexpr int64_t kStep = kCacheLine / sizeof(S);
   for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
 }
 
@@ -126,8 +126,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   T* __restrict const first = block.first;
   const Numbers<T> ignored = constants.rule.ignore_index;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
-    prefetch<T>(next.x, i);
-    prefetch<T>(next.y, i);
+    prefetch<T, typename Memory::X>(next.x, i);
     const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
     Numbers<T> stage = first_stage<kLabels>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
@@ -142,6 +141,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   for (int64_t i = 0; i < n;) {
     Numbers<T> sum = T(0);
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
+      prefetch<T, typename Memory::Y>(next.y, i);
       if constexpr (kHasWeight) prefetch<T>(next.w, i);
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);

@@ -100,6 +100,9 @@ BCE_EXT_TARGET Compute<T> select_target(const Problem& problem, int wanted) {
   if (problem.target.dtype == problem.input.dtype) return select_converting<T, Formula, InMemory<S, S, S>>(wanted);
   using Bools = std::conditional_t<std::is_same_v<S, BFloat16Bits>, BoolPairs, BoolBits>;
   if (problem.target.dtype == Dtype::Bool) return select_converting<T, Formula, InMemory<S, Bools, S>>(wanted);
+  if constexpr (std::is_same_v<S, float> && kConvertsInt64<BCE_EXT_VECTOR_BYTES>) {
+    if (problem.target.dtype == Dtype::Int64) return select_converting<T, Formula, InMemory<S, int64_t, S>>(wanted);
+  }
   return nullptr;
 }
 
@@ -245,6 +248,9 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       block.grad_input = grad_input.place(at);
       block.grad_past_caches = grad_input.goes_past_caches(block.grad_input);
       compute_in_place(n, constants, block);
+      if (problem.hard_labels && !result.invalid) {
+        result.invalid = find_invalid_label(n, static_cast<const int64_t*>(block.y));
+      }
     } else {
       const T* const x = input.block(at, n);
       const T* const y = target.block(at, n);

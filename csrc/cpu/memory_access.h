@@ -19,6 +19,10 @@ constexpr bool kConvertsHalf =
     false;
 #endif
 
+// Whether a pack with registers of kBytes is made of 64-bit integers in a few instructions.
+template <int kBytes>
+constexpr bool kConvertsInt64 = kConvertsHalf<kBytes>;
+
 // Bools beside numbers in bfloat16, in the order of their packs.
 struct BoolPairs {
   uint8_t bits;
@@ -60,6 +64,22 @@ BCE_EXT_HOST_DEVICE Register one_where(Bits bits) {
   return bits != 0 ? zero + 1 : zero;
 }
 
+// The low halves of 64-bit integers.
+template <int kBytes>
+BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits low_halves(const int64_t* in) {
+  using Bits = typename Vectors<kBytes>::Bits;
+#if defined(__x86_64__)
+  if constexpr (kBytes == 64) {
+    alignas(64) static constexpr int32_t kEven[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return (Bits)_mm512_permutex2var_epi32(_mm512_loadu_si512(in), *reinterpret_cast<const __m512i*>(kEven),
+                                           _mm512_loadu_si512(in + 8));
+  } else {
+    const __m256 first = _mm256_loadu_ps((const float*)in), second = _mm256_loadu_ps((const float*)(in + 4));
+    return (Bits)_mm256_permute4x64_epi64((__m256i)_mm256_shuffle_ps(first, second, 0x88), 0xd8);
+  }
+#endif
+}
+
 template <typename Register>
 BCE_EXT_HOST_DEVICE Register load_halves(const HalfBits* in) {
 #if defined(__x86_64__)
@@ -71,8 +91,8 @@ BCE_EXT_HOST_DEVICE Register load_halves(const HalfBits* in) {
 #endif
 }
 
-// A pack of what memory holds as S. Numbers in bfloat16 lie in the two halves of 32 bits, of which one register gets
-// the low ones, the other the high ones: an instruction each.
+// A pack of what memory holds as S; integers are labels, 0 or 1. Numbers in bfloat16 lie in the two halves of 32 bits,
+// of which one register gets the low ones, the other the high ones: an instruction each.
 template <typename Numbers, typename S>
 BCE_EXT_HOST_DEVICE Numbers load(const S* in) {
   using Register = typename Numbers::Register;
@@ -88,6 +108,9 @@ BCE_EXT_HOST_DEVICE Numbers load(const S* in) {
   } else if constexpr (std::is_same_v<S, BoolBits>) {
     return {one_where<Register>(widen_bytes<kBytes>(in)),
             one_where<Register>(widen_bytes<kBytes>(in + Numbers::kPerRegister))};
+  } else if constexpr (std::is_same_v<S, int64_t>) {
+    return {one_where<Register>(low_halves<kBytes>(in)),
+            one_where<Register>(low_halves<kBytes>(in + Numbers::kPerRegister))};
   } else {
     return {load_halves<Register>(in), load_halves<Register>(in + Numbers::kPerRegister)};
   }

@@ -388,10 +388,10 @@ BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
   return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts.n, f));
 }
 
-// log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0, a number below -100.
+// log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0 and -0, a number below -100.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_either(Condition<T> first, T q) {
-  const Lifted<T> lifted(select(first, q, T(1) - q));
+  const Lifted<T> lifted(magnitude(select(first, q, T(1) - q)));  // the bits of -0 are those of no small number
   const Split<T> parts = split(lifted.value);
   const T f_of_first = lifted.value * parts.scale - T(1);
   const T f_of_second = (parts.scale - T(1)) - q * parts.scale;

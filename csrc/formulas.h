@@ -208,7 +208,8 @@ struct Focal {
 
     Terms<T> terms;
     terms.loss = math::weighted(alpha * focused.power, entropy.loss);
-    terms.summand = alpha * focused.power * entropy.unguarded;
+    // Of the guarded loss, as by_input is: without a gradient a compiler would round the other one in another place.
+    terms.summand = alpha * focused.power * entropy.loss;
     terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
     terms.grad_target =
         math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +

@@ -332,7 +332,7 @@ def test_probabilities_are_exact_near_zero_and_one(dtype: torch.dtype, label: fl
     info = torch.finfo(dtype)
     small = torch.logspace(float(np.log2(info.tiny)) - 3, 0, 30_011, base=2, dtype=torch.float64).to(dtype)
     input = torch.cat(
-        [torch.tensor([0.0, 1.0], dtype=dtype), small, 1 - small, torch.linspace(0, 1, 10_007).to(dtype)]
+        [torch.tensor([0.0, -0.0, 1.0], dtype=dtype), small, 1 - small, torch.linspace(0, 1, 10_007).to(dtype)]
     ).to(device)
     target = torch.full_like(input, label)
     expected = reference.probabilities(input, target)

@@ -188,8 +188,9 @@ def test_probabilities_out_of_range_are_free_where_ignored() -> None:
     torch.testing.assert_close(value, torch.tensor(2.0).log())
     value.backward()
     torch.testing.assert_close(input.grad, torch.tensor([-2.0, 0.0, 0.0]))
-    with pytest.raises(RuntimeError, match="between 0 and 1"):
-        loss(torch.tensor([0.5, 7.0]), torch.tensor([IGNORE, 1.0]), ignore_index=IGNORE)
+    for outside in (7.0, IGNORE):  # the number that ignores a target is no probability
+        with pytest.raises(RuntimeError, match=f"between 0 and 1, but one is {outside:g}"):
+            loss(torch.tensor([0.5, outside]), torch.tensor([IGNORE, 1.0]), ignore_index=IGNORE)
 
 
 @every_reduction

@@ -76,9 +76,9 @@ BCE_EXT_TARGET std::optional<InvalidElement> find_invalid(const Problem& problem
     if ((has_hard_labels || all_seem_in_unit_interval(n, y)) && all_seem_in_unit_interval(n, x)) return std::nullopt;
     int64_t i = first_invalid<T, is_in_unit_interval<T>>(n, y, ignored);
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
-    for (i = first_invalid<T, is_in_unit_interval<T>>(n, x, std::numeric_limits<T>::quiet_NaN()); i < n; ++i) {
-      if (y[i] != ignored && !is_in_unit_interval(x[i], ignored))
-        return InvalidElement{false, static_cast<double>(x[i])};
+    constexpr T kNone = std::numeric_limits<T>::quiet_NaN();  // ignore_index is a target's value, not a probability's
+    for (i = first_invalid<T, is_in_unit_interval<T>>(n, x, kNone); i < n; ++i) {
+      if (y[i] != ignored && !is_in_unit_interval(x[i], kNone)) return InvalidElement{false, static_cast<double>(x[i])};
     }
   }
   return std::nullopt;

@@ -208,7 +208,8 @@ struct Focal {
 
     Terms<T> terms;
     terms.loss = math::weighted(alpha * focused.power, entropy.loss);
-    terms.summand = alpha * focused.power * entropy.unguarded;
+    // Of the guarded loss, as by_input is: without a gradient a compiler would round the other one in another place.
+    terms.summand = alpha * focused.power * entropy.loss;
     terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
     terms.grad_target =
         math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
@@ -260,8 +261,7 @@ struct Asymmetric {
     const T log_e = math::log1p_of_unit(e);
     const T log_of_bound = math::log_of_unit(bound);
     const math::Condition<T> positive_is_bounded = positive < bound;
-    const T log_positive =
-        math::select(positive_is_bounded, log_of_bound, math::select(below, x, zero) - log_e);
+    const T log_positive = math::select(positive_is_bounded, log_of_bound, math::select(below, x, zero) - log_e);
     const T slope_positive = math::select(positive_is_bounded, zero, negative);
     const T excess = positive - T(clip);
     const math::Condition<T> is_clipped = excess < zero;

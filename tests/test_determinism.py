@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from callables import CROSS_ENTROPIES, Member, every_formula
+from callables import CROSS_ENTROPIES, Member, every_formula, every_member
 from reference import CHUNK, FLOATING_DTYPES, make_logits, make_targets, make_weights
 from torch import Tensor
 
@@ -69,6 +69,22 @@ def test_one_run_is_as_the_other(weighted: bool, numel: int, reduction: str, los
         fresh = [None if tensor is None else tensor.clone() for tensor in problem]  # in other memory
         actual = evaluate(loss, *fresh, reduction)
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_gradient_does_not_change_the_loss(
+    weighted: bool, label_smoothing: float, dtype: torch.dtype, loss: Member, device: str
+) -> None:
+    # Many sums: a rounding that is done in another place shows in some of them only.
+    for seed in range(40):
+        input, target = loss.make_input((96,), dtype, device, seed), make_targets((96,), dtype, device, seed)
+        weight = make_weights((96,), dtype, device, seed) if weighted else None
+        options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": "sum"}
+        with_gradient = loss(input.clone().requires_grad_(), target, **options)
+        assert torch.equal(with_gradient.detach(), loss(input, target, **options)), seed
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

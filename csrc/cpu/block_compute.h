@@ -137,6 +137,9 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
     stage.store(first + i);
   }
   const Numbers<T> scale = constants.scale;
+  // A loss has the same bits with a gradient and without, so summands are rounded before they are added. Without
+  // logarithms they come out the same anyhow, and are so little work that the instruction would show.
+  constexpr bool kJoins = Formula::kJoinsLogarithms && !kHasWeight && !kHasPosWeight;
   // Four summands are added in T, which costs at most three roundings of T and saves conversions to float64.
   constexpr int64_t kGroup = (kWanted & kSum) != 0 ? 4 * kLanes<T> : kBlock<T>;
   for (int64_t i = 0; i < n;) {
@@ -150,7 +153,8 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       const Numbers<T> stage = Numbers<T>::load(first + i);
       const auto terms = evaluate<kLabels>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
-      if constexpr ((kWanted & kSum) != 0) sum = sum + terms.summand;
+      if constexpr ((kWanted & kSum) != 0 && kJoins) sum = sum + terms.summand;
+      if constexpr ((kWanted & kSum) != 0 && !kJoins) sum = sum + rounded(terms.summand);
       if constexpr ((kWanted & kGradInput) != 0) store(terms.grad_input, grad_input + i, block.grad_past_caches);
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }

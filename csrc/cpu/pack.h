@@ -67,6 +67,18 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
 };
 
+// The same numbers, which a compiler must have rounded. It may compute a * b + c with one rounding or with two, and
+// does either from kernel to kernel.
+template <typename T, int kBytes>
+BCE_EXT_HOST_DEVICE Pack<T, kBytes> rounded(Pack<T, kBytes> numbers) {
+#if defined(__x86_64__)
+  asm("" : "+v"(numbers.low), "+v"(numbers.high));
+#elif defined(__aarch64__)
+  asm("" : "+w"(numbers.low), "+w"(numbers.high));
+#endif
+  return numbers;
+}
+
 namespace math {
 
 template <typename T, int kBytes>

@@ -153,7 +153,8 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       const Numbers<T> stage = Numbers<T>::load(first + i);
       const auto terms = evaluate<kLabels>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
-      if constexpr ((kWanted & kSum) != 0) sum = sum + (kJoins ? terms.summand : rounded(terms.summand));
+      if constexpr ((kWanted & kSum) != 0 && kJoins) sum = sum + terms.summand;
+      if constexpr ((kWanted & kSum) != 0 && !kJoins) sum = sum + rounded(terms.summand);
       if constexpr ((kWanted & kGradInput) != 0) store(terms.grad_input, grad_input + i, block.grad_past_caches);
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }

@@ -206,8 +206,8 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   const int stored = gradients | (problem.reduce || problem.loss.data != nullptr ? kLoss : 0);
   const int wanted = summation == Summation::OfStored ? stored : gradients | kSum;
   const Compute<T> compute_converted = select_compute<T, Formula>(wanted, needs);
-  // What fills up the last, small block must not be added.
   const Compute<T> compute_hard = select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters);
+  // What fills up the last, small block must not be added.
   const Compute<T> compute_last = joins_logs ? compute_converted : select_compute<T, Formula>(stored, needs);
   const Compute<T> compute_in_place = needs.weight || needs.pos_weight || needs.adjusts
                                           ? nullptr

@@ -37,25 +37,24 @@ struct Vectors {
   using BytesInMemory __attribute__((vector_size(kBytes / 4), aligned(1), may_alias)) = uint8_t;
 };
 
-// Compilers make more of these conversions than the single instructions that AVX2 and AVX-512 have for them.
-template <int kBytes>
-BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen_bytes(const void* in) {
+// A register of 32-bit integers from bytes, or from words. Compilers make more of these conversions than the single
+// instructions that AVX2 and AVX-512 have for them.
+template <int kBytes, typename InMemory>
+BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen(const void* in) {
   using Bits = typename Vectors<kBytes>::Bits;
 #if defined(__x86_64__)
-  if constexpr (kBytes == 64) return (Bits)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128((const __m128i*)in));
-  if constexpr (kBytes == 32) return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)in));
+  constexpr bool kOfWords = sizeof(InMemory) == kBytes / 2;
+  if constexpr (kBytes == 64 && kOfWords) {
+    return (Bits)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256((const __m256i*)in));
+  } else if constexpr (kBytes == 64) {
+    return (Bits)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128((const __m128i*)in));
+  } else if constexpr (kBytes == 32 && kOfWords) {
+    return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)in));
+  } else if constexpr (kBytes == 32) {
+    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)in));
+  }
 #endif
-  return __builtin_convertvector(*static_cast<const typename Vectors<kBytes>::BytesInMemory*>(in), Bits);
-}
-
-template <int kBytes>
-BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits widen_words(const void* in) {
-  using Bits = typename Vectors<kBytes>::Bits;
-#if defined(__x86_64__)
-  if constexpr (kBytes == 64) return (Bits)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256((const __m256i*)in));
-  if constexpr (kBytes == 32) return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)in));
-#endif
-  return __builtin_convertvector(*static_cast<const typename Vectors<kBytes>::WordsInMemory*>(in), Bits);
+  return __builtin_convertvector(*static_cast<const InMemory*>(in), Bits);
 }
 
 template <typename Register, typename Bits>
@@ -103,11 +102,12 @@ BCE_EXT_HOST_DEVICE Numbers load(const S* in) {
     const auto pairs = *reinterpret_cast<const typename Vectors<kBytes>::BitsInMemory*>(in);
     return {(Register)(pairs << 16), (Register)(pairs & kHighHalf)};
   } else if constexpr (std::is_same_v<S, BoolPairs>) {
-    const auto pairs = widen_words<kBytes>(in);
+    const auto pairs = widen<kBytes, typename Vectors<kBytes>::WordsInMemory>(in);
     return {one_where<Register>(pairs & 0x00ffu), one_where<Register>(pairs & 0xff00u)};
   } else if constexpr (std::is_same_v<S, BoolBits>) {
-    return {one_where<Register>(widen_bytes<kBytes>(in)),
-            one_where<Register>(widen_bytes<kBytes>(in + Numbers::kPerRegister))};
+    using Bytes = typename Vectors<kBytes>::BytesInMemory;
+    return {one_where<Register>(widen<kBytes, Bytes>(in)),
+            one_where<Register>(widen<kBytes, Bytes>(in + Numbers::kPerRegister))};
   } else if constexpr (std::is_same_v<S, int64_t>) {
     return {one_where<Register>(low_halves<kBytes>(in)),
             one_where<Register>(low_halves<kBytes>(in + Numbers::kPerRegister))};

@@ -66,8 +66,8 @@ BCE_EXT_HOST_DEVICE Register one_where(Bits bits) {
 // The low halves of 64-bit integers.
 template <int kBytes>
 BCE_EXT_HOST_DEVICE typename Vectors<kBytes>::Bits low_halves(const int64_t* in) {
-  using Bits = typename Vectors<kBytes>::Bits;
 #if defined(__x86_64__)
+  using Bits = typename Vectors<kBytes>::Bits;
   if constexpr (kBytes == 64) {
     alignas(64) static constexpr int32_t kEven[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
     return (Bits)_mm512_permutex2var_epi32(_mm512_loadu_si512(in), *reinterpret_cast<const __m512i*>(kEven),

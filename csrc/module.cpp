@@ -14,6 +14,8 @@
 #include <limits>
 #include <string>
 
+#include "problem.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -56,8 +58,6 @@ py::dict build_info() {
 // the loss, so the functions of bce_ext.functional come here.
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-constexpr int64_t kWithLogits = 0;  // Formula::WithLogits
 
 PyObject* argument_type_error() {
   static const auto type = py::object(py::module_::import("bce_ext.errors").attr("ArgumentTypeError")).release();
@@ -120,7 +120,7 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
   const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[4], function, "normalizer");
   if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  if (formula == kWithLogits && y.layout() != at::kStrided) {
+  if (formula == static_cast<int64_t>(bce_ext::Formula::WithLogits) && y.layout() != at::kStrided) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, options, reduction)));
   }
   const c10::SmallVector<double, 8> numbers = as_numbers(options);

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +118,21 @@ def test_memory_that_the_system_took_is_replaced() -> None:
     assert memory_of_kind("AnonHugePages") >= huge  # none, where the system has no huge pages
 
 
+def alone(function: Callable[..., None], *arguments: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Calls a function of this file in a process of its own: what it measures, freed chunks of an old heap would blur."""
+    file = Path(__file__)
+    program = f"import sys; sys.path.insert(0, sys.argv[1]); import {file.stem} as t; t.{function.__name__}{arguments}"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(file.parent)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def resident() -> int:
     """Bytes of this process that are in memory."""
     with open("/proc/self/statm") as file:
@@ -124,6 +141,10 @@ def resident() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
 def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
+    alone(frees_more_blocks_than_are_kept)
+
+
+def frees_more_blocks_than_are_kept() -> None:
     size = 32 * MIB  # of which four may be our own
     gradient(size // 4)
     before = resident()
@@ -143,6 +164,10 @@ def test_the_number_of_blocks_that_are_kept_is_bounded() -> None:
     ],
 )
 def test_the_cache_can_be_emptied(mib: int) -> None:
+    alone(empties_the_cache, mib)
+
+
+def empties_the_cache(mib: int) -> None:
     alive = gradient(MIB, 0.5)
     bce_ext.empty_cache()
     before = resident()
@@ -157,8 +182,13 @@ def test_the_cache_can_be_emptied(mib: int) -> None:
     torch.testing.assert_close(again, torch.full_like(again, expected(0.75)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
 def test_the_cache_can_be_emptied_without_python() -> None:
     """The operator is what C++ and TorchScript call."""
+    alone(empties_the_cache_without_python)
+
+
+def empties_the_cache_without_python() -> None:
     first = gradient(LARGE)
     del first
     before = resident()
@@ -184,17 +214,13 @@ def test_the_cache_can_be_emptied_while_others_use_it() -> None:
         thread.join()
 
 
-# Frees a gradient of 64 MiB; prints how many MiB of it stay, and how many of these the system may take.
-FREES_A_GRADIENT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_output_memory import MIB, gradient, memory_of_kind, resident
-gradient(1000)
-before = resident(), memory_of_kind("LazyFree")
-grad = gradient(16 * MIB)
-del grad
-print((resident() - before[0]) // MIB, (memory_of_kind("LazyFree") - before[1]) // MIB)
-"""
+def frees_a_gradient() -> None:
+    """Prints how many MiB of a freed gradient of 64 MiB stay, and how many of these the system may take."""
+    gradient(1000)
+    before = resident(), memory_of_kind("LazyFree")
+    grad = gradient(16 * MIB)
+    del grad
+    print((resident() - before[0]) // MIB, (memory_of_kind("LazyFree") - before[1]) // MIB)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
@@ -209,14 +235,7 @@ print((resident() - before[0]) // MIB, (memory_of_kind("LazyFree") - before[1]) 
     ],
 )
 def test_the_bound_of_the_environment(bound: str, stays: bool, is_nobodys: bool) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", FREES_A_GRADIENT, os.path.dirname(__file__)],
-        env=os.environ | {"BCE_EXT_CACHE_MIB": bound},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = alone(frees_a_gradient, BCE_EXT_CACHE_MIB=bound)
     mib, mib_of_nobody = map(int, result.stdout.split())
     assert (mib >= 60) == stays
     assert (mib_of_nobody >= 60) == is_nobodys

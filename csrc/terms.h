@@ -1,7 +1,7 @@
 // The terms of one element, and what is done to them whatever the formula: weights, smoothed and ignored targets.
 #pragma once
 
-#include "elementary.h"
+#include "number.h"
 #include "problem.h"
 
 namespace bce_ext {

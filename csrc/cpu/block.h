@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../elementary.h"
+#include "../number.h"
 #include "pack.h"
 
 namespace bce_ext {

@@ -162,12 +162,6 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   }
 }
 
-template <typename T>
-BCE_EXT_TARGET void multiply(int64_t n, const T* a, const T* b, T* __restrict out) {
-  n &= ~(kLanes<T> - 1);
-  for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
-}
-
 }  // namespace
 }  // namespace BCE_EXT_ISA
 }  // namespace bce_ext

@@ -168,8 +168,8 @@ struct Stream {
   const char* data;
   int64_t bytes;
 
-  BCE_EXT_HOST_DEVICE void prefetch(
-      int64_t element) const {  // Into the second-level cache, where more lines can be under way at a time.
+  // Into the second-level cache, where more lines can be under way at a time.
+  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const {
     __builtin_prefetch(data + element * bytes, /*rw=*/0, /*locality=*/2);
   }
 };
@@ -234,6 +234,50 @@ class OperandReader {
   const bool tiled_;
   bool tile_is_read_ = false;
   alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
+};
+
+// Whether the scale of all gradients takes grad_output: one number, unless an infinite gradient of the target may meet
+// a 0.
+BCE_EXT_HOST_DEVICE bool scales_by_grad_output(const Problem& problem) {
+  return problem.grad_output.layout == Layout::Scalar && problem.grad_target.data == nullptr && !problem.reduce;
+}
+
+// Supplies the weight times grad_output: 1 where neither is given.
+template <typename T>
+class WeightReader {
+ public:
+  BCE_EXT_TARGET WeightReader(const Problem& problem, int64_t numel)
+      : weight_(problem, problem.weight, numel),
+        grad_output_(problem, problem.grad_output, numel),
+        in_scale_(scales_by_grad_output(problem)),
+        has_weight_(problem.weight.layout != Layout::Absent),
+        has_grad_output_(problem.grad_output.layout != Layout::Absent && !in_scale_) {}
+
+  // What of it is left to the scale.
+  BCE_EXT_TARGET T scale() { return in_scale_ ? *grad_output_.block(0, kLanes<T>) : T(1); }
+
+  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
+    return has_grad_output_ ? grad_output_.ahead(begin) : weight_.ahead(begin);
+  }
+
+  // As that of OperandReader.
+  BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
+    if (!has_grad_output_) return weight_.block(begin, n);
+    if (!has_weight_) return grad_output_.block(begin, n);
+    multiply(round_to_lanes<T>(n), weight_.block(begin, n), grad_output_.block(begin, n), product_);
+    return product_;
+  }
+
+ private:
+  BCE_EXT_TARGET static void multiply(int64_t n, const T* a, const T* b, T* __restrict out) {
+    n &= ~(kLanes<T> - 1);
+    for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
+  }
+
+  OperandReader<T> weight_;
+  OperandReader<T> grad_output_;
+  const bool in_scale_, has_weight_, has_grad_output_;
+  alignas(kCacheLine) T product_[kBlock<T> + kStagger<T>];
 };
 
 }  // namespace

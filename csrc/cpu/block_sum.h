@@ -1,6 +1,7 @@
 // The last step of the CPU kernel: sums of losses, in an order that depends on their number alone.
 #pragma once
 
+#include "../elementary.h"
 #include "block.h"
 
 namespace bce_ext {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../elementary.h"
+#include "../number.h"
 #include "../problem.h"
 
 namespace bce_ext {

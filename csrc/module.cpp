@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "problem.h"
@@ -105,6 +106,13 @@ at::Tensor bce_of_any_target(const at::Tensor& x, const at::Tensor& y, const Opt
   return op.call(x, y, w, p, reduction, label_smoothing, ignore_index, n);
 }
 
+// Whether other threads of Python may run meanwhile. To let them costs a tenth of a small loss, which takes a few
+// microseconds; from some 2^15 elements on it is large enough for threads of its own.
+bool takes_long(const at::Tensor& input) {
+  constexpr int64_t kMany = 1 << 15;
+  return !input.is_cpu() || input.sym_numel().maybe_as_int().value_or(kMany) >= kMany;
+}
+
 // The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented under
 // torch.jit.trace, which records what goes through torch.ops.
 py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
@@ -124,9 +132,10 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, options, reduction)));
   }
   const c10::SmallVector<double, 8> numbers = as_numbers(options);
-  py::gil_scoped_release no_gil;
+  std::optional<py::gil_scoped_release> no_gil;
+  if (takes_long(x)) no_gil.emplace();
   at::Tensor loss = op.call(x, y, w, p, n, formula, numbers, reduction, std::nullopt);
-  py::gil_scoped_acquire gil;
+  no_gil.reset();
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
 }
 

@@ -9,6 +9,9 @@
 // A formula with two logarithms has a form of its own for targets that are 0 or 1, which need one of them:
 // first_stage_of_hard(x, y) and evaluate_hard(x, y, w, p, scale, first_stage_of_hard(x, y)), without the derivative
 // with respect to the target. has_hard_form() says whether it serves.
+//
+// grad_input does not depend on the first stage where kGradInputIsOneStage says so. What is added up may then have one
+// logarithm for several hard labels: that of the product of their share_of_hard(x, y).
 #pragma once
 
 #include "elementary.h"
@@ -64,6 +67,7 @@ struct WithLogits {
   static constexpr bool kJoinsLogarithms = true;  // losses without weights are their summand + log1p(first_stage)
   static constexpr bool kTakesProbabilities = false;
   static constexpr bool kHasHardForm = false;
+  static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
 
@@ -82,6 +86,17 @@ struct WithLogits {
   }
 };
 
+// A share of 1 and its complement. What is below a half is known to the last places relative to itself.
+template <typename T>
+struct Share {
+  T own, complement;
+
+  // The share of a share.
+  BCE_EXT_HOST_DEVICE Share of(Share other) const {
+    return {own * other.own, (complement + other.complement) - complement * other.complement};
+  }
+};
+
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
 // logarithms in the loss are at least -100, the denominator of the gradient is at least 1e-12 as a float32, for float64
 // too, the derivative with respect to the target is not clamped.
@@ -93,6 +108,7 @@ struct Probabilities {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = true;
   static constexpr bool kHasHardForm = true;
+  static constexpr bool kGradInputIsOneStage = true;
 
   BCE_EXT_HOST_DEVICE explicit Probabilities(const double*) {}
 
@@ -122,6 +138,13 @@ struct Probabilities {
   template <typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T q, T y) const {
     return math::at_least(T(-100), math::log_of_either(y == T(1), q));
+  }
+
+  // What the probability says for the label.
+  template <typename T>
+  BCE_EXT_HOST_DEVICE Share<T> share_of_hard(T q, T y) const {
+    const math::Condition<T> is_positive = y == T(1);
+    return {math::select(is_positive, q, T(1) - q), math::select(is_positive, T(1) - q, q)};
   }
 
   template <typename T, typename Weight, typename PosWeight>
@@ -179,6 +202,7 @@ struct Focal {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = false;
   static constexpr bool kHasHardForm = false;
+  static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
       : gamma(static_cast<Scalar>(parameters[1])),
@@ -233,6 +257,7 @@ struct Asymmetric {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = false;
   static constexpr bool kHasHardForm = true;
+  static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Asymmetric(const double* parameters)
       : gamma_neg(static_cast<Scalar>(parameters[0])),

@@ -125,7 +125,9 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   auto* __restrict const grad_input = static_cast<typename Memory::G*>(block.grad_input);
   T* __restrict const first = block.first;
   const Numbers<T> ignored = constants.rule.ignore_index;
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
+  // Stays without a meaning where nothing depends on it.
+  constexpr bool kHasFirstStage = !Formula::kGradInputIsOneStage || kWanted != kGradInput;
+  for (int64_t i = 0; kHasFirstStage && i < n; i += kLanes<T>) {
     prefetch<T, typename Memory::X>(next.x, i);
     const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
     Numbers<T> stage = first_stage<kLabels>(formula, input, target);
@@ -144,13 +146,14 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   for (int64_t i = 0; i < n;) {
     Numbers<T> sum = T(0);
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
+      if constexpr (!kHasFirstStage) prefetch<T, typename Memory::X>(next.x, i);
       prefetch<T, typename Memory::Y>(next.y, i);
       if constexpr (kHasWeight) prefetch<T>(next.w, i);
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
       const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
-      const Numbers<T> stage = Numbers<T>::load(first + i);
+      const Numbers<T> stage = kHasFirstStage ? Numbers<T>::load(first + i) : Numbers<T>(T(0));
       const auto terms = evaluate<kLabels>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
       if constexpr ((kWanted & kSum) != 0 && kJoins) sum = sum + terms.summand;
@@ -159,6 +162,49 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       if constexpr ((kWanted & kGradTarget) != 0) terms.grad_target.store(block.grad_target + i);
     }
     if constexpr ((kWanted & kSum) != 0) add_to_lanes<T>(sum, block.lanes);
+  }
+}
+
+// Adds the losses of hard labels, with one logarithm for the product of four shares, by which few places are lost.
+template <typename T, typename Formula>
+BCE_EXT_TARGET __attribute__((noinline)) void add_joined(int64_t n, const Constants<T>& constants,
+                                                         const Block<T>& block) {
+  constexpr int64_t kGroup = 4 * kLanes<T>;
+  // No factor of such a product is so small that its logarithm is bounded; and none is NaN.
+  constexpr T kLeast = math::power_of_two<T>(-90);
+  const Formula formula(constants.parameters);
+  const auto* __restrict const x = static_cast<const T*>(block.x);
+  const auto* __restrict const y = static_cast<const T*>(block.y);
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) {
+    Share<Numbers<T>> shares[4];
+    for (int64_t part = 0; part < 4; ++part) {
+      const int64_t at = i + part * kLanes<T>;
+      prefetch<T>(block.ahead.x, at);
+      prefetch<T>(block.ahead.y, at);
+      shares[part] = formula.share_of_hard(Numbers<T>::load(x + at), Numbers<T>::load(y + at));
+    }
+    const auto product = shares[0].of(shares[1]).of(shares[2].of(shares[3]));
+    Numbers<T> sum = -math::log_by_complement(product.own, product.complement);
+    if (!math::all<Numbers<T>>(product.own > Numbers<T>(kLeast))) {
+      sum = T(0);
+      for (int64_t at = i; at < i + kGroup; at += kLanes<T>) {
+        sum = sum - formula.first_stage_of_hard(Numbers<T>::load(x + at), Numbers<T>::load(y + at));
+      }
+    }
+    add_to_lanes<T>(sum, block.lanes);
+  }
+  for (; i < n; i += kLanes<T>) {
+    add_to_lanes<T>(-formula.first_stage_of_hard(Numbers<T>::load(x + i), Numbers<T>::load(y + i)), block.lanes);
+  }
+}
+
+// The sum, and the gradient if it is wanted.
+template <typename T, typename Formula, int kGradient>
+BCE_EXT_TARGET void compute_joined(int64_t n, const Constants<T>& constants, const Block<T>& block) {
+  add_joined<T, Formula>(n, constants, block);
+  if constexpr (kGradient != 0) {
+    compute<T, Formula, kGradient, false, false, Labels::Hard>(n, constants, block);
   }
 }
 

@@ -45,6 +45,10 @@ BCE_EXT_TARGET Compute<T> select_joined(int wanted, bool adjusts) {
 
 template <typename T, typename Formula, bool kHasWeight>
 BCE_EXT_TARGET Compute<T> select_hard(int wanted) {
+  if constexpr (Formula::kGradInputIsOneStage && !kHasWeight) {
+    if (wanted == kSum) return compute_joined<T, Formula, 0>;
+    if (wanted == (kSum | kGradInput)) return compute_joined<T, Formula, kGradInput>;
+  }
   switch (wanted) {
     case kSum:
       return compute<T, Formula, kSum, kHasWeight, false, Labels::Hard>;

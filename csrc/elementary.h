@@ -210,6 +210,13 @@ struct Lifted {
   }
 };
 
+// log(u) for a normal u > 0.
+template <typename T>
+BCE_EXT_HOST_DEVICE T log_of_normal(T u) {
+  const Split<T> parts = split(u);
+  return log_of_split(parts.n, u * parts.scale - T(1));
+}
+
 // log(q) for q in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {

@@ -10,8 +10,8 @@
 // first_stage_of_hard(x, y) and evaluate_hard(x, y, w, p, scale, first_stage_of_hard(x, y)), without the derivative
 // with respect to the target. has_hard_form() says whether it serves.
 //
-// grad_input does not depend on the first stage where kGradInputIsOneStage says so. What is added up may then have one
-// logarithm for several hard labels: that of the product of their share_of_hard(x, y).
+// grad_input does not depend on the first stage where kGradInputIsOneStage says so. Losses of the same weight may then
+// be added by lean(x, y), whose logarithms are joined.
 #pragma once
 
 #include "elementary.h"
@@ -86,7 +86,7 @@ struct WithLogits {
   }
 };
 
-// A share of 1 and its complement. What is below a half is known to the last places relative to itself.
+// A share of 1 and its complement. The smaller of both is known to the last places.
 template <typename T>
 struct Share {
   T own, complement;
@@ -95,6 +95,16 @@ struct Share {
   BCE_EXT_HOST_DEVICE Share of(Share other) const {
     return {own * other.own, (complement + other.complement) - complement * other.complement};
   }
+};
+
+// A target between two labels, seen from the one it is nearer to, which a probability gives `share`; `minor` is what it
+// says for the other label. As long as nothing is bounded,
+//   loss = -log(share.own) - minor * log(share.complement / share.own)
+// where `minor` is 0 for a hard label, and the first logarithm can be joined with others.
+template <typename T>
+struct Leaning {
+  Share<T> share;
+  T minor;
 };
 
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
@@ -140,11 +150,12 @@ struct Probabilities {
     return math::at_least(T(-100), math::log_of_either(y == T(1), q));
   }
 
-  // What the probability says for the label.
   template <typename T>
-  BCE_EXT_HOST_DEVICE Share<T> share_of_hard(T q, T y) const {
-    const math::Condition<T> is_positive = y == T(1);
-    return {math::select(is_positive, q, T(1) - q), math::select(is_positive, T(1) - q, q)};
+  BCE_EXT_HOST_DEVICE Leaning<T> lean(T q, T y) const {
+    const math::Condition<T> is_positive = y > T(0.5);
+    const T rest = T(1) - q;
+    return {{math::select(is_positive, q, rest), math::select(is_positive, rest, q)},
+            math::select(is_positive, T(1) - y, y)};
   }
 
   template <typename T, typename Weight, typename PosWeight>

@@ -1,4 +1,4 @@
-"""Sums of BCELoss, where hard labels share logarithms, are as exact as their terms, with the same bits with a gradient and without."""
+"""Sums of BCELoss, whose elements share logarithms, are as exact as their terms, with the same bits with a gradient and without."""
 
 from __future__ import annotations
 
@@ -28,34 +28,48 @@ SHARES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def hard_labels(share: str, numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+# How far a target is from its label, from a number in (0, 1).
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hard": lambda u: 0 * u,
+    "nearly hard": lambda u: 10 ** (-8 * u),
+    "soft": lambda u: 0.5 * u,
+    "hard and soft": lambda u: torch.where(u > 0.5, 0.4 * u, 0),
+}
+
+
+def operands(share: str, distance: str, numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(numel)
-    own = SHARES[share](torch.rand(numel, generator=generator, dtype=torch.float64))
-    target = (torch.rand(numel, generator=generator) < 0.5).to(dtype)
+
+    def uniform() -> Tensor:
+        return torch.rand(numel, generator=generator, dtype=torch.float64)
+
+    own, away = SHARES[share](uniform()), DISTANCES[distance](uniform())
+    is_positive = uniform() < 0.5
     # A rounding to 1 makes certain and wrong what was nearly so; that is the input then.
-    return torch.where(target == 1, own, 1 - own).to(dtype), target
+    input, target = torch.where(is_positive, own, 1 - own), torch.where(is_positive, 1 - away, away)
+    return input.to(dtype), target.to(dtype)
 
 
 def sum_of_terms(input: Tensor, target: Tensor) -> Tensor:
-    q = input.double()
-    logarithms = torch.where(target == 1, q.log(), torch.log1p(-q)).clamp(min=-100)
-    return torch.tensor(-math.fsum(logarithms.tolist()), dtype=torch.float64)
+    q, y = input.double(), target.double()
+    terms = y * q.log().clamp(min=-100) + (1 - y) * torch.log1p(-q).clamp(min=-100)
+    return torch.tensor(-math.fsum(terms.tolist()), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("numel", SUMMED)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sums_are_as_exact_as_their_terms(dtype: torch.dtype, share: str, numel: int, device: str) -> None:
-    input, target = hard_labels(share, numel, dtype)
-    expected = sum_of_terms(input, target)
-    tolerance = MAX_ULP * reference.ulp(expected, dtype)
-    input = input.to(device)
-    for labels in (target.to(device), target.bool().to(device)):
-        actual = F.binary_cross_entropy(input, labels, reduction="sum")
-        assert abs(actual.cpu() - expected) <= tolerance
+def test_sums_are_as_exact_as_their_terms(
+    dtype: torch.dtype, share: str, distance: str, numel: int, device: str
+) -> None:
+    input, target = (operand.to(device) for operand in operands(share, distance, numel, dtype))
+    expected = sum_of_terms(input.cpu(), target.cpu())
+    for labels in (target, target.bool()) if distance == "hard" else (target,):
+        actual = F.binary_cross_entropy(input.detach(), labels, reduction="sum")
+        assert abs(actual.cpu() - expected) <= MAX_ULP * reference.ulp(expected, dtype)
         with_gradient = F.binary_cross_entropy(input.requires_grad_(), labels, reduction="sum")
         assert with_gradient.detach().equal(actual)
-        input = input.detach()
 
 
 @pytest.mark.parametrize("place", [0, 100, 255, 299])  # in one product, and in what is left over by them
@@ -73,8 +87,8 @@ def test_an_extreme_term_among_others_in_a_sum(
 
 @pytest.mark.parametrize("numel", [128, 4 * reference.BLOCK])
 def test_a_soft_label_among_hard_ones(numel: int, device: str) -> None:
-    input, target = hard_labels("common", numel, torch.float32)
+    input, target = operands("common", "hard", numel, torch.float32)
     target[77] = 0.25
-    expected = torch.nn.functional.binary_cross_entropy(input.double(), target.double(), reduction="sum")
+    expected = sum_of_terms(input, target)
     actual = F.binary_cross_entropy(input.to(device), target.to(device), reduction="sum").cpu()
     assert abs(actual - expected) <= MAX_ULP * reference.ulp(expected, torch.float32)

@@ -165,47 +165,59 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   }
 }
 
-// Adds the losses of hard labels, with one logarithm for the product of four shares, by which few places are lost.
-template <typename T, typename Formula>
-BCE_EXT_TARGET __attribute__((noinline)) void add_joined(int64_t n, const Constants<T>& constants,
-                                                         const Block<T>& block) {
-  constexpr int64_t kGroup = 4 * kLanes<T>;
-  // No factor of such a product is so small that its logarithm is bounded; and none is NaN.
+// The losses of four vectors from i on by how their targets lean: one logarithm for the product of the shares, by which
+// few places are lost, and one for each soft label. False where a logarithm may be bounded.
+template <Labels kLabels, typename T, typename Formula>
+BCE_EXT_TARGET bool sum_leaning(const Formula& formula, const T* x, const T* y, Numbers<T>& sum) {
+  // Of what is larger, no logarithm is bounded, not even where it is the product of four.
   constexpr T kLeast = math::power_of_two<T>(-90);
+  const Numbers<T> none = T(0), least = kLeast;
+  Leaning<Numbers<T>> leaning[4];
+  for (int64_t part = 0; part < 4; ++part) {
+    leaning[part] = formula.lean(Numbers<T>::load(x + part * kLanes<T>), Numbers<T>::load(y + part * kLanes<T>));
+  }
+  const auto product = leaning[0].share.of(leaning[1].share).of(leaning[2].share.of(leaning[3].share));
+  auto is_unbounded = product.own > least;
+  sum = -math::log_by_complement(product.own, product.complement);
+  for (const auto& [share, minor] : leaning) {
+    if constexpr (kLabels == Labels::Hard) break;
+    const auto is_hard = minor == none;
+    is_unbounded = is_unbounded & (is_hard | (share.complement > least));
+    sum = sum - math::select(is_hard, none, minor * math::log_of_normal(share.complement / share.own));
+  }
+  return math::all<Numbers<T>>(is_unbounded);
+}
+
+template <Labels kLabels, typename T, typename Formula>
+BCE_EXT_TARGET __attribute__((noinline)) void add_leaning(int64_t n, const Constants<T>& constants,
+                                                          const Block<T>& block) {
   const Formula formula(constants.parameters);
-  const auto* __restrict const x = static_cast<const T*>(block.x);
-  const auto* __restrict const y = static_cast<const T*>(block.y);
-  int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) {
-    Share<Numbers<T>> shares[4];
-    for (int64_t part = 0; part < 4; ++part) {
-      const int64_t at = i + part * kLanes<T>;
+  const auto* const x = static_cast<const T*>(block.x);
+  const auto* const y = static_cast<const T*>(block.y);
+  constexpr int64_t kGroup = 4 * kLanes<T>;
+  for (int64_t i = 0; i < n; i += kGroup) {
+    Numbers<T> sum = T(0);
+    const int64_t end = smaller(n, i + kGroup);
+    for (int64_t at = i; at < end; at += kLanes<T>) {
       prefetch<T>(block.ahead.x, at);
       prefetch<T>(block.ahead.y, at);
-      shares[part] = formula.share_of_hard(Numbers<T>::load(x + at), Numbers<T>::load(y + at));
     }
-    const auto product = shares[0].of(shares[1]).of(shares[2].of(shares[3]));
-    Numbers<T> sum = -math::log_by_complement(product.own, product.complement);
-    if (!math::all<Numbers<T>>(product.own > Numbers<T>(kLeast))) {
+    if (end - i < kGroup || !sum_leaning<kLabels, T>(formula, x + i, y + i, sum)) {
       sum = T(0);
-      for (int64_t at = i; at < i + kGroup; at += kLanes<T>) {
-        sum = sum - formula.first_stage_of_hard(Numbers<T>::load(x + at), Numbers<T>::load(y + at));
+      for (int64_t at = i; at < end; at += kLanes<T>) {
+        const Numbers<T> input = Numbers<T>::load(x + at), target = Numbers<T>::load(y + at);
+        sum = sum + formula.evaluate(input, target, One{}, One{}, Numbers<T>(T(1)), formula.first_stage(input)).summand;
       }
     }
     add_to_lanes<T>(sum, block.lanes);
   }
-  for (; i < n; i += kLanes<T>) {
-    add_to_lanes<T>(-formula.first_stage_of_hard(Numbers<T>::load(x + i), Numbers<T>::load(y + i)), block.lanes);
-  }
 }
 
 // The sum, and the gradient if it is wanted.
-template <typename T, typename Formula, int kGradient>
-BCE_EXT_TARGET void compute_joined(int64_t n, const Constants<T>& constants, const Block<T>& block) {
-  add_joined<T, Formula>(n, constants, block);
-  if constexpr (kGradient != 0) {
-    compute<T, Formula, kGradient, false, false, Labels::Hard>(n, constants, block);
-  }
+template <typename T, typename Formula, int kGradient, Labels kLabels>
+BCE_EXT_TARGET void compute_leaning(int64_t n, const Constants<T>& constants, const Block<T>& block) {
+  add_leaning<kLabels, T, Formula>(n, constants, block);
+  if constexpr (kGradient != 0) compute<T, Formula, kGradient, false, false>(n, constants, block);
 }
 
 }  // namespace

@@ -45,10 +45,6 @@ BCE_EXT_TARGET Compute<T> select_joined(int wanted, bool adjusts) {
 
 template <typename T, typename Formula, bool kHasWeight>
 BCE_EXT_TARGET Compute<T> select_hard(int wanted) {
-  if constexpr (Formula::kGradInputIsOneStage && !kHasWeight) {
-    if (wanted == kSum) return compute_joined<T, Formula, 0>;
-    if (wanted == (kSum | kGradInput)) return compute_joined<T, Formula, kGradInput>;
-  }
   switch (wanted) {
     case kSum:
       return compute<T, Formula, kSum, kHasWeight, false, Labels::Hard>;
@@ -119,6 +115,10 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
   if constexpr (Formula::kJoinsLogarithms || Formula::kTakesProbabilities) {
     if (needs.weight) return select_wanted<T, Formula, true, false, Labels::Any>(wanted);
   }
+  if constexpr (Formula::kGradInputIsOneStage) {
+    if (wanted == kSum) return compute_leaning<T, Formula, 0, Labels::Any>;
+    if (wanted == (kSum | kGradInput)) return compute_leaning<T, Formula, kGradInput, Labels::Any>;
+  }
   return select_wanted<T, Formula, false, false, Labels::Any>(wanted);
 }
 
@@ -130,6 +130,8 @@ BCE_EXT_TARGET Compute<T> select_compute_of_hard(int wanted, const Needs& needs,
     if (!serves || (wanted & kGradTarget) != 0 || takes_everything<Formula>(needs)) return nullptr;
     if constexpr (Formula::kTakesProbabilities) {
       if (needs.weight) return select_hard<T, Formula, true>(wanted);
+      if (wanted == kSum) return compute_leaning<T, Formula, 0, Labels::Hard>;
+      if (wanted == (kSum | kGradInput)) return compute_leaning<T, Formula, kGradInput, Labels::Hard>;
     }
     return select_hard<T, Formula, false>(wanted);
   }

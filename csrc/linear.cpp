@@ -137,8 +137,8 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
   // What a call costs is most of the time of a small problem.
-  const bool takes_plain_form = has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) &&
-                                is_small(size, linear_weight);
+  const bool takes_plain_form =
+      has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) && is_small(size, linear_weight);
   const auto loss_of = [&](const Tensor& logits, const Tensor& dense) {
     constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
     return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);

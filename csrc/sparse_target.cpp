@@ -162,18 +162,17 @@ Tensor dense_on_host(Parts parts, at::IntArrayRef size, at::ScalarType input_dty
   // Values of a wider dtype make that of the loss wider.
   const bool may_be_bool = at::promoteTypes(input_dtype, dtype) == input_dtype;
   Tensor dense;
-  AT_DISPATCH_FLOATING_TYPES_AND4(
-      at::kHalf, at::kBFloat16, at::kBool, at::kLong, dtype, kLinearName, [&] {
-        if (may_be_bool) dense = dense_ones_on_host<scalar_t>(parts, size);
-        if (dense.defined()) return;
-        dense = at::zeros(size, parts.values.options());
-        const auto value = parts.values.accessor<const scalar_t, 1>();
-        auto* out = dense.mutable_data_ptr<scalar_t>();
-        const bool is_valid = for_each_value(parts, size, [&](int64_t i, int64_t row, int64_t label) {
-          add_to(out[row * size.back() + label], c10::load(&value[i]));
-        });
-        if (!is_valid) dense = Tensor();
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND4(at::kHalf, at::kBFloat16, at::kBool, at::kLong, dtype, kLinearName, [&] {
+    if (may_be_bool) dense = dense_ones_on_host<scalar_t>(parts, size);
+    if (dense.defined()) return;
+    dense = at::zeros(size, parts.values.options());
+    const auto value = parts.values.accessor<const scalar_t, 1>();
+    auto* out = dense.mutable_data_ptr<scalar_t>();
+    const bool is_valid = for_each_value(parts, size, [&](int64_t i, int64_t row, int64_t label) {
+      add_to(out[row * size.back() + label], c10::load(&value[i]));
+    });
+    if (!is_valid) dense = Tensor();
+  });
   return dense;
 }
 

@@ -121,9 +121,9 @@ bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
 }
 
 // Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
-bool is_small(c10::SymIntArrayRef logits_size, bool has_layer) {
-  const auto numel = c10::multiply_integers(logits_size).maybe_as_int();
-  return numel.has_value() && *numel < fewest_elements_for_blocks(has_layer);
+bool is_small(c10::SymIntArrayRef logits_size, const OptionalTensor& linear_weight) {
+  const auto answer = are_faster(c10::multiply_integers(logits_size), linear_weight).maybe_as_bool();
+  return answer.has_value() && !*answer;
 }
 
 double number_or_nan(const std::optional<at::Scalar>& number) {
@@ -137,8 +137,8 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
   // What a call costs is most of the time of a small problem.
-  const bool takes_plain_form = has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) &&
-                                is_small(size, is_defined(linear_weight));
+  const bool takes_plain_form =
+      has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) && is_small(size, linear_weight);
   const auto loss_of = [&](const Tensor& logits, const Tensor& dense) {
     constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
     return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);
@@ -151,12 +151,11 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
     check_class_indices(target, size.back());
     return loss_of(logits(), one_hot(target, size.back()));
   }
-  const SparseTarget split = split_target(target, input, size.back());
-  if (takes_plain_form && split.indices.defined() && is_readable(split.values)) {
-    const Tensor all_logits = logits();
-    const Tensor dense = dense_of(split, num_rows_of(input), size.back());
-    return loss_of(all_logits, input.dim() == 2 ? dense : dense.view_symint(size));
+  if (takes_plain_form && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr)) {
+    const Tensor dense = readable_dense_of(target, input.scalar_type());
+    if (dense.defined()) return loss_of(logits(), dense);
   }
+  const SparseTarget split = split_target(target, input, size.back());
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const bool has_rows = input.dim() == 2;
   const Tensor rows = has_rows ? input : input.reshape_symint({num_rows_of(input), input.sym_size(-1)});
@@ -249,11 +248,21 @@ c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction) {
   return counts ? arguments.num_rows() * arguments.num_labels() : c10::SymInt(1);
 }
 
+c10::SymBool are_faster(const c10::SymInt& num_logits, const OptionalTensor& linear_weight) {
+  constexpr int64_t kFewestLogits = int64_t{1} << 22;
+  const c10::SymBool has_many = num_logits.sym_ge(kFewestLogits);
+  if (!is_defined(linear_weight)) return has_many;
+  constexpr int64_t kFewestBytes = int64_t{1} << 25;
+  return has_many.sym_or((linear_weight->sym_numel() * linear_weight->itemsize()).sym_ge(kFewestBytes));
+}
+
 Tensor dense_target(const LinearArguments& arguments) {
   const Tensor& target = arguments.target;
   const c10::SymInt num_labels = arguments.num_labels();
   if (arguments.has_class_indices()) return one_hot(target, num_labels);
-  if (arguments.is_sparse()) return dense_of({target, *arguments.indices}, arguments.num_rows(), num_labels);
+  if (arguments.is_sparse()) {
+    return dense_of({target, *arguments.indices}, arguments.num_rows(), num_labels, arguments.input.scalar_type());
+  }
   return target;
 }
 

@@ -83,11 +83,12 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 // The part of the divisor that the host knows.
 c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction);
 
-// Fewer logits fit into the caches as they are, and the plain form does not cut its products. Without a layer, a block
-// saves the dense target alone.
-constexpr int64_t fewest_elements_for_blocks(bool has_layer) { return int64_t{1} << (has_layer ? 20 : 22); }
+// Whether blocks are faster than the plain form. Fewer logits and their gradient stay in the caches as they are, and a
+// product of whole matrices is faster on several threads than one of blocks. A gradient of linear_weight of 32 MiB is
+// reason enough: malloc maps so much memory anew at each step, where blocks write into that of the step before.
+c10::SymBool are_faster(const c10::SymInt& num_logits, const OptionalTensor& linear_weight);
 
-// Whether blocks are faster than the plain form. They need a reduced loss and a device with kernels.
+// Whether to take blocks: where they are faster, and can be. They need a reduced loss and a device with kernels.
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction);
 
 // The internal operators, called through the dispatcher.

@@ -29,7 +29,8 @@ Blocks cut(const LinearArguments& arguments) {
     const int64_t labels = std::clamp<int64_t>(num_labels, 1, elements);
     return {num_rows, num_labels, std::clamp<int64_t>(num_rows, 1, elements / labels), labels};
   }
-  const int64_t block_rows = std::clamp<int64_t>(num_rows, 1, elements / kFewestLabels);
+  const int64_t fewest_labels = std::clamp<int64_t>(num_labels, 1, kFewestLabels);
+  const int64_t block_rows = std::clamp<int64_t>(num_rows, 1, elements / fewest_labels);
   const int64_t block_labels = std::clamp<int64_t>(num_labels, 1, elements / block_rows);
   return {num_rows, num_labels, block_rows, block_labels};
 }
@@ -239,8 +240,7 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction) {
   if (reduction == at::Reduction::None || !has_kernel(arguments.input)) return false;
-  return (arguments.num_rows() * arguments.num_labels())
-      .sym_ge(fewest_elements_for_blocks(arguments.has_layer()))
+  return are_faster(arguments.num_rows() * arguments.num_labels(), arguments.linear_weight)
       .guard_or_false(__FILE__, __LINE__);
 }
 

@@ -82,61 +82,98 @@ Parts parts_of_coo(const Tensor& target) {
 
 bool is_inside(int64_t index, int64_t size) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
 
-// Row and label of each value; undefined where an index is outside.
-Tensor indices_on_host(const Parts& parts, at::IntArrayRef size) {
+// Calls function(i, row, label) for each value i, and says whether all indices are inside: it ends at the first that is
+// not. Several dimensions before the labels are one.
+template <typename F>
+bool for_each_value(const Parts& parts, at::IntArrayRef size, const F& function) {
   const int64_t count = parts.values.size(0), num_labels = size.back();
-  const Tensor indices = at::empty({2, count}, parts.places.options());
-  auto* rows = indices.mutable_data_ptr<int64_t>();
-  auto* labels = rows + count;
   if (parts.crow.defined()) {
     const auto begin = parts.crow.accessor<const int64_t, 1>();
     const auto label = parts.places.accessor<const int64_t, 1>();
-    if (begin[0] != 0 || begin[size[0]] != count) return {};
+    if (begin[0] != 0 || begin[size[0]] != count) return false;
     for (const auto row : c10::irange(size[0])) {
-      if (begin[row + 1] < begin[row] || begin[row + 1] > count) return {};
-      std::fill(rows + begin[row], rows + begin[row + 1], row);
+      if (begin[row + 1] < begin[row] || begin[row + 1] > count) return false;
+      for (int64_t i = begin[row]; i < begin[row + 1]; ++i) {
+        if (!is_inside(label[i], num_labels)) return false;
+        function(i, row, label[i]);
+      }
     }
-    for (const auto i : c10::irange(count)) {
-      if (!is_inside(label[i], num_labels)) return {};
-      labels[i] = label[i];
-    }
-    return indices;
+    return true;
   }
   const auto place = parts.places.accessor<const int64_t, 2>();
   const int64_t last = static_cast<int64_t>(size.size()) - 1;
   for (const auto i : c10::irange(count)) {
     int64_t row = 0;
     for (const auto d : c10::irange(last)) {
-      if (!is_inside(place[d][i], size[d])) return {};
+      if (!is_inside(place[d][i], size[d])) return false;
       row = row * size[d] + place[d][i];
     }
-    if (!is_inside(place[last][i], num_labels)) return {};
-    rows[i] = row;
-    labels[i] = place[last][i];
+    if (!is_inside(place[last][i], num_labels)) return false;
+    function(i, row, place[last][i]);
   }
-  return indices;
+  return true;
 }
 
-// Undefined where an index is outside, or the values have a dtype without addition.
-Tensor dense_on_host(const SparseTarget& target, int64_t num_rows, int64_t num_labels) {
-  const bool is_hard = is_hard_label(target.values.scalar_type());
-  if (!has_addition(target.values.scalar_type()) && !is_hard) return {};
-  const Tensor values = has_addition(target.values.scalar_type()) ? target.values : target.values.to(at::kLong);
-  const Tensor dense = at::zeros({num_rows, num_labels}, values.options());
-  const auto index = target.indices.accessor<const int64_t, 2>();
-  bool is_valid = true;
-  AT_DISPATCH_FLOATING_TYPES_AND4(at::kHalf, at::kBFloat16, at::kBool, at::kLong, values.scalar_type(), kLinearName,
-                                  [&] {
-                                    const auto value = values.accessor<const scalar_t, 1>();
-                                    auto* out = dense.mutable_data_ptr<scalar_t>();
-                                    for (const auto i : c10::irange(values.size(0))) {
-                                      const int64_t row = index[0][i], label = index[1][i];
-                                      is_valid = is_valid && is_inside(row, num_rows) && is_inside(label, num_labels);
-                                      if (!is_valid) return;
-                                      add_to(out[row * num_labels + label], c10::load(&value[i]));
-                                    }
-                                  });
-  return is_valid ? dense : Tensor();
+bool has_readable_indices(const Parts& parts) {
+  return is_readable(parts.places) && (!parts.crow.defined() || is_readable(parts.crow));
+}
+
+// Row and label of each value; undefined where an index is outside.
+Tensor indices_on_host(const Parts& parts, at::IntArrayRef size) {
+  const int64_t count = parts.values.size(0);
+  const Tensor indices = at::empty({2, count}, parts.places.options());
+  auto* rows = indices.mutable_data_ptr<int64_t>();
+  auto* labels = rows + count;
+  const bool is_valid = for_each_value(parts, size, [&](int64_t i, int64_t row, int64_t label) {
+    rows[i] = row;
+    labels[i] = label;
+  });
+  return is_valid ? indices : Tensor();
+}
+
+// Most targets list ones, each place once. As bool they are a fourth of the memory of float32 to write and to read.
+// Undefined where a value is something else, or two have the same place, or an index is outside.
+template <typename T>
+Tensor dense_ones_on_host(const Parts& parts, at::IntArrayRef size) {
+  const auto value = parts.values.accessor<const T, 1>();
+  for (const auto i : c10::irange(value.size(0))) {
+    if (c10::load(&value[i]) != T(1)) return {};
+  }
+  Tensor dense = at::zeros(size, parts.values.options().dtype(at::kBool));
+  auto* out = dense.mutable_data_ptr<bool>();
+  bool is_distinct = true;
+  const bool is_valid = for_each_value(parts, size, [&](int64_t /*i*/, int64_t row, int64_t label) {
+    bool& place = out[row * size.back() + label];
+    is_distinct = is_distinct && !place;
+    place = true;
+  });
+  return is_valid && is_distinct ? dense : Tensor();
+}
+
+// Undefined where an index is outside, operations on a part are followed, or the values have a dtype without addition.
+Tensor dense_on_host(Parts parts, at::IntArrayRef size, at::ScalarType input_dtype) {
+  if (!has_readable_indices(parts) || !is_readable(parts.values)) return {};
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!has_addition(parts.values.scalar_type())) {
+    if (!is_hard_label(parts.values.scalar_type())) return {};
+    parts.values = parts.values.to(at::kLong);
+  }
+  const at::ScalarType dtype = parts.values.scalar_type();
+  // Values of a wider dtype make that of the loss wider.
+  const bool may_be_bool = at::promoteTypes(input_dtype, dtype) == input_dtype;
+  Tensor dense;
+  AT_DISPATCH_FLOATING_TYPES_AND4(at::kHalf, at::kBFloat16, at::kBool, at::kLong, dtype, kLinearName, [&] {
+    if (may_be_bool) dense = dense_ones_on_host<scalar_t>(parts, size);
+    if (dense.defined()) return;
+    dense = at::zeros(size, parts.values.options());
+    const auto value = parts.values.accessor<const scalar_t, 1>();
+    auto* out = dense.mutable_data_ptr<scalar_t>();
+    const bool is_valid = for_each_value(parts, size, [&](int64_t i, int64_t row, int64_t label) {
+      add_to(out[row * size.back() + label], c10::load(&value[i]));
+    });
+    if (!is_valid) dense = Tensor();
+  });
+  return dense;
 }
 
 // ---- by operations of ATen, which can be followed: they serve other devices, transforms and derivatives ----
@@ -170,28 +207,35 @@ Tensor indices_of(const Parts& parts, at::IntArrayRef size) {
   return at::stack({rows, labels});
 }
 
-}  // namespace
-
-SparseTarget split_sparse(const Tensor& target) {
+Parts parts_of(const Tensor& target) {
   // Views that autograd knows of take longer to make than to read. They are made where somebody may ask for them.
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   const bool is_followed = target.requires_grad() || has_tangent(target) || transform_is_active() ||
                            target.key_set().has_any(wrapped) || c10::impl::TorchDispatchModeTLS::any_modes_set();
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
   if (!is_followed) below_autograd.emplace();
-  Parts parts = target.layout() == at::kSparse ? parts_of_coo(target) : parts_of_csr(target);
+  return target.layout() == at::kSparse ? parts_of_coo(target) : parts_of_csr(target);
+}
+
+}  // namespace
+
+SparseTarget split_sparse(const Tensor& target) {
+  Parts parts = parts_of(target);
   Tensor indices;
-  if (is_readable(parts.places) && (!parts.crow.defined() || is_readable(parts.crow))) {
-    indices = indices_on_host(parts, target.sizes());
-  }
+  if (has_readable_indices(parts)) indices = indices_on_host(parts, target.sizes());
   if (!indices.defined()) indices = indices_of(parts, target.sizes());  // which says what is wrong, if anything is
   return {std::move(parts.values), std::move(indices)};
 }
 
-Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels) {
-  if (is_readable(target.values) && is_readable(target.indices)) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor dense = dense_on_host(target, num_rows.expect_int(), num_labels.expect_int());
+Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype) {
+  return dense_on_host(parts_of(target), target.sizes(), input_dtype);
+}
+
+Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels,
+                at::ScalarType input_dtype) {
+  const auto rows = num_rows.maybe_as_int(), labels = num_labels.maybe_as_int();
+  if (rows && labels) {
+    Tensor dense = dense_on_host({target.values, Tensor(), target.indices}, {*rows, *labels}, input_dtype);
     if (dense.defined()) return dense;
   }
   const Tensor zeros = at::zeros_symint({num_rows, num_labels}, target.values.options());
@@ -212,7 +256,7 @@ void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
   const bool is_unsigned = target.scalar_type() == at::kUInt64;
   if (!target.is_cpu()) return check_values(target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
   check_storage(target, "target");
-  const Tensor indices = target.to(at::kLong).contiguous();
+  const Tensor indices = target.to(at::kLong).resolve_neg().contiguous();
   const auto* begin = indices.const_data_ptr<int64_t>();
   const auto check_largest = [&](const auto* in) {
     const auto largest = *std::max_element(in, in + indices.numel());
@@ -226,7 +270,7 @@ Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || !target.is_cpu()) {
     return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
   }
-  const Tensor indices = target.to(at::kLong).contiguous();
+  const Tensor indices = target.to(at::kLong).resolve_neg().contiguous();
   c10::DimVector size(target.sizes());
   size.push_back(num_labels.expect_int());
   const Tensor dense = at::zeros(size, target.options().dtype(at::kBool));

@@ -168,7 +168,7 @@ def test_threads_do_not_matter_to_sparse_targets(shape: tuple[int, int], kind: s
     assert not differs(lambda: with_gradients(lambda x: F.binary_cross_entropy_with_logits(x, target), logits))
 
 
-LAYERS = [(7, 3, 13), (257, 3, 8193), (1025, 16, 2049)]  # the last two take blocks
+LAYERS = [(7, 3, 13), (257, 3, 16411), (1025, 16, 4099)]  # the last two take blocks
 
 
 @pytest.mark.usefixtures("restore_threads")

@@ -14,7 +14,7 @@ import bce_ext.functional as F
 pytestmark = [pytest.mark.filterwarnings("ignore:Sparse"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 ROWS, LABELS = 3, 5
-SIZES = [LABELS, 2**20]  # labels: the plain form, and blocks for the layer
+SIZES = [LABELS, 1_400_000]  # labels: the plain form, and blocks
 PLACES = torch.tensor([[0, 2, 2, 0], [1, 0, 4, 1]])  # one of them twice
 VALUES = torch.tensor([0.25, 1.0, 0.5, 0.5], dtype=torch.float64)
 

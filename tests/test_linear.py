@@ -17,18 +17,22 @@ import bce_ext.functional as F
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")
 
 REDUCTIONS = ("none", "mean", "sum")
-# Blocks have 2**20 elements, at most 1,024 rows, and at least 1,024 labels where there are as many.
+# From 2**22 logits on, or with a weight of 2**25 bytes, there are blocks of 2**19: of 1,024 labels, fewer where there are
+# not as many, more where there are not enough rows.
 SHAPES = {
     "one of each": (1, 1, 1),
     "odd": (7, 5, 13),
     "no rows": (0, 3, 5),
     "no labels": (4, 3, 0),
     "no features": (4, 0, 5),
-    "one row, two blocks": (1, 2, 2**20 + 3),
-    "blocks of labels": (257, 3, 8193),
-    "blocks of rows and labels": (1025, 3, 2049),
+    "just no blocks": (1023, 2, 4099),
+    "one row, many blocks": (1, 2, 2**22 + 3),
+    "blocks of labels": (257, 3, 16411),
+    "blocks of rows and labels": (1025, 3, 4099),
+    "blocks of rows": (65537, 2, 65),
+    "one block, a large weight": (2, 2050, 2048),
 }
-LARGE = ("one row, two blocks", "blocks of labels", "blocks of rows and labels")
+LARGE = tuple(SHAPES)[-5:]
 
 
 def ours(case: Case, leaves: list[Tensor], **keywords: Any) -> Tensor:
@@ -78,7 +82,7 @@ def test_every_dtype(shape: str, dtype: torch.dtype, tolerance: float, kind: str
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("weight_shape", [(), (1,), (2049,), (1025, 1), (1, 2049), (1025, 2049)], ids=str)
+@pytest.mark.parametrize("weight_shape", [(), (1,), (4099,), (1025, 1), (1, 4099), (1025, 4099)], ids=str)
 def test_weights_of_every_shape(weight_shape: tuple[int, ...], bias: bool, device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, pos_weight = (torch.rand(weight_shape, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2))
@@ -153,6 +157,41 @@ def test_any_dtype_of_sparse_values(shape: str, value_dtype: torch.dtype, device
         assert_same(case, 1e-13)
 
 
+def test_ones_of_any_dtype_are_not_taken_for_more_or_less(device: str) -> None:
+    """They may be made dense as bool: two in one place are 2, and float64 makes the loss of a float32 input float64."""
+    input, linear_weight = torch.ones(3, 2, device=device), torch.arange(10.0, device=device).view(5, 2)
+    places = torch.tensor([[0, 2, 2], [1, 0, 4]], device=device)
+    twice = torch.tensor([[0, 2, 2], [1, 4, 4]], device=device)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool):
+        for indices in (places, twice):
+            values = torch.ones(3, dtype=dtype, device=device)
+            target = torch.sparse_coo_tensor(indices, values, (3, 5))
+            if indices is twice and dtype == torch.int64:
+                with pytest.raises(RuntimeError, match="to be 0 or 1"):
+                    F.linear_binary_cross_entropy_with_logits(input, linear_weight, target)
+                continue
+            dense = torch.zeros(3, 5, dtype=dtype, device=device).index_put(tuple(indices), values, accumulate=True)
+            for reduction in REDUCTIONS:
+                actual = F.linear_binary_cross_entropy_with_logits(input, linear_weight, target, reduction=reduction)
+                expected = F.linear_binary_cross_entropy_with_logits(input, linear_weight, dense, reduction=reduction)
+                assert actual.dtype == torch.promote_types(torch.float32, dtype)
+                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("labels", [5, 1_400_000], ids=["small", "blocks"])
+def test_class_indices_that_are_a_negated_view(labels: int, device: str) -> None:
+    indices = torch.tensor([-1, -4, 2], device=device)
+    negated = torch._neg_view(indices)
+    assert negated.is_neg()
+    input, linear_weight = torch.ones(3, 2, device=device), torch.linspace(-1, 1, 2 * labels, device=device).view(-1, 2)
+    actual = F.linear_binary_cross_entropy_with_logits(input, linear_weight, negated)
+    dense = torch.zeros(3, labels, device=device)
+    dense[0, 1] = dense[1, 4] = 1
+    torch.testing.assert_close(actual, plain([input, linear_weight], dense))
+    with pytest.raises(IndexError, match=f"one is {labels}"):
+        F.linear_binary_cross_entropy_with_logits(input, linear_weight, torch._neg_view(indices - labels + 4))
+
+
 def test_only_the_gradients_that_are_asked_for(device: str) -> None:
     case = make_case(*SHAPES["blocks of labels"], "csr", device=device)
     expected_leaves = case.leaves()
@@ -202,18 +241,13 @@ def test_small_problems_of_all_kinds(
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(1, 2100),
-    extra=st.integers(1, 3000),
+    extra=st.integers(1, 1000),
     kind=st.sampled_from(KINDS),
     bias=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_blocks_of_all_kinds(rows: int, extra: int, kind: str, bias: bool, seed: int) -> None:
-    labels = 2**20 // rows + extra
-    if rows * labels > 2**22:
-        rows, labels = 1 + rows // 2, 1 + labels // 2
-    if rows * labels <= 2**20:
-        labels = 2**20 // rows + 1
-    case = make_case(rows, 2, labels, kind, bias=bias, seed=seed)
+    case = make_case(rows, 2, 2**22 // rows + extra, kind, bias=bias, seed=seed)
     assert is_blockwise(assert_same(case, 1e-12, reduction="sum"))
 
 
@@ -255,7 +289,7 @@ def test_the_module_owns_the_layer(device: str) -> None:
     assert "reduction='mean'" in repr(without)
 
 
-@pytest.mark.parametrize("num_pairs", [1, 5, 1030], ids=["one", "few", "blocks"])
+@pytest.mark.parametrize("num_pairs", [1, 5, 2050], ids=["one", "few", "blocks"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_siglip_loss(num_pairs: int, bias: bool, device: str) -> None:
     generator = torch.Generator().manual_seed(0)

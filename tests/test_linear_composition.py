@@ -18,7 +18,7 @@ import bce_ext
 import bce_ext.functional as F
 
 OPS = torch.ops.bce_ext
-SMALL, BLOCKS = (3, 2, 4), (257, 2, 4099)  # the second takes blocks
+SMALL, BLOCKS = (3, 2, 4), (257, 2, 16411)  # the second takes blocks
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sparse"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -173,7 +173,7 @@ def test_dtypes_without_arithmetic(name: str, dtype: torch.dtype) -> None:
 
 
 def test_reductions_that_there_are_not() -> None:
-    for input in (X, torch.ones(300_000, 4)):  # the plain form; blocks
+    for input in (X, torch.ones(900_000, 4)):  # the plain form; blocks
         for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
             with context, pytest.raises(ValueError, match="is not a valid value for reduction"):
                 OPS._linear_bce(input, W, B, torch.ones(len(input), 5), None, None, None, None, [], 3)
@@ -223,7 +223,7 @@ def test_memory_of_a_target_that_is_gone(name: str) -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", ["input", "linear_weight", "target"])
 def test_memory_that_is_freed_between_forward_and_backward(name: str, create_graph: bool) -> None:
-    tensors = {"input": torch.ones(300_000, 4), "linear_weight": W.clone(), "target": torch.ones(300_000, 5)}
+    tensors = {"input": torch.ones(900_000, 4), "linear_weight": W.clone(), "target": torch.ones(900_000, 5)}
     leaf = (tensors["linear_weight"] if name == "input" else tensors["input"]).requires_grad_()
     loss = F.linear_binary_cross_entropy_with_logits(**tensors)
     assert "LinearBCE" in loss.grad_fn.name()  # it takes blocks

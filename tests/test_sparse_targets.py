@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,6 +78,61 @@ def test_module_double_backward_and_transforms(kind: str, device: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-300)
     if kind == "coo":  # functorch has no wrapper for CSR tensors
         torch.testing.assert_close(torch.func.grad(ours)(logits), torch.func.grad(expected)(logits), rtol=1e-9, atol=0)
+
+
+def of_layer(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.linear_binary_cross_entropy_with_logits(input, linear_weight, target)
+
+
+def of_logits(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(torch.nn.functional.linear(input, linear_weight), target)
+
+
+LOSSES = [of_layer, of_logits]
+SMALL, BLOCKS = (3, 2, 4), (257, 2, 16411)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["csr", "coo"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_compiled_with_a_graph_break_since_dynamo_wraps_no_sparse_tensor(
+    shape: tuple[int, int, int], dynamic: bool, kind: str, loss: Callable[..., Tensor]
+) -> None:
+    """Where a break is forbidden, the error is PyTorch's own; where it is allowed, values and gradients are right."""
+    torch._dynamo.reset()
+    whole = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    case = make_case(*shape, kind, bias=False)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="sparse Tensor"):
+        whole(*case.leaves(), case.target)
+    broken = torch.compile(loss, dynamic=dynamic, backend="aot_eager")
+    for seed in range(2):
+        case = make_case(shape[0] + seed, *shape[1:], kind, bias=False, seed=seed)
+        results = []
+        for function, target in ((broken, case.target), (loss, case.dense)):
+            leaves = case.leaves()
+            value = function(*leaves, target)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["csr", "coo"])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_exported_with_a_sparse_input(
+    shape: tuple[int, int, int], strict: bool, kind: str, loss: Callable[..., Tensor]
+) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+            return loss(input, linear_weight, target)
+
+    case = make_case(*shape, kind, bias=False)
+    program = torch.export.export(Model(), (case.input, case.linear_weight, case.target), strict=strict).module()
+    for seed in range(2):  # other values, at other places, and not as many
+        case = make_case(*shape, kind, bias=False, seed=seed)
+        actual = program(case.input, case.linear_weight, case.target)
+        torch.testing.assert_close(actual, loss(case.input, case.linear_weight, case.dense), rtol=1e-12, atol=0)
 
 
 def coo(rows: list[int], columns: list[int], size: tuple[int, ...]) -> Tensor:

@@ -72,7 +72,7 @@ class Shapes:
             "labels": draw.pick((0, 1, 4, 5, 17, 1025, 5000)),
         }
         if draw.chance(0.03):
-            self.sizes |= {"rows": 261, "labels": 5000}  # enough for several blocks
+            self.sizes |= {"rows": 261, "labels": 16_100}  # enough for several blocks
         self.common = (self.sizes["rows"], self.sizes["labels"])
         self.num_values = draw.pick((0, 1, 5, 40))  # of a sparse target
         self.has_class_indices = "indices" not in self.given and draw.chance(0.2)

@@ -6,9 +6,10 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from threading import Lock
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,26 +128,26 @@ class _Route:
 
 
 class _Routed:
-    """One function of torch, and the code that stands in for its own."""
+    """One function of torch, with its copies if there may be some, and the code that stands in for its own."""
 
     def __init__(self, loss: Loss, stand_in: Callable[..., Tensor]) -> None:
         self.name = loss.function.__name__
-        self.function = _as_torch_defined_it(self.name)
-        if self.function is None:
+        self.own_codes = {each: each.__code__ for each in _as_torch_defined_it(self.name)}
+        if not self.own_codes:
             return
-        self.loss = loss._replace(function=self.function)
-        self.own_code = self.function.__code__
+        function, own_code = next(iter(self.own_codes.items()))
+        self.loss = loss._replace(function=function)
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
-            co_name=self.own_code.co_name,
-            co_filename=self.own_code.co_filename,
-            co_firstlineno=self.own_code.co_firstlineno,
+            co_name=own_code.co_name,
+            co_filename=own_code.co_filename,
+            co_firstlineno=own_code.co_firstlineno,
         )
 
     def switch(self, on: bool) -> None:
-        if self.function is not None:
-            self.function.__code__ = self.code if on else self.own_code
-        elif on:
+        for function, own_code in self.own_codes.items():
+            function.__code__ = self.code if on else own_code
+        if on and not self.own_codes:
             message = f"torch.nn.functional.{self.name} was replaced before bce_ext was imported, and is not routed"
             warnings.warn(message, RuntimeWarning, stacklevel=5)
 
@@ -168,21 +169,33 @@ class _Inlined:
         if not on:
             rules.update(self.rules)
             return
-        self.rules = {each.function: rules.pop(each.function) for each in self.routed if each.function in rules}
+        functions = (function for each in self.routed for function in each.own_codes)
+        self.rules = {function: rules.pop(function) for function in functions if function in rules}
         wrappers = {getattr(F, each.name) for each in self.routed} & rules.keys()
         if wrappers:  # compiled code has no guard on what these call
             self.rules.update({wrapper: rules.pop(wrapper) for wrapper in wrappers})
             torch._dynamo.reset()
 
 
-def _as_torch_defined_it(name: str) -> FunctionType | None:
-    """The function whose globals are torch.nn.functional, also when somebody put something else into its place."""
+def _as_torch_defined_it(name: str) -> list[FunctionType]:
+    """The function whose globals are torch.nn.functional, also when somebody put something else into its place: then with its copies, which look the same."""
 
-    def is_it(candidate: object) -> bool:
-        return isinstance(candidate, FunctionType) and candidate.__globals__ is vars(F) and candidate.__name__ == name
+    def is_it(candidate: object) -> TypeGuard[FunctionType]:
+        # type() and not isinstance(): that would ask lazy objects, which import something or warn.
+        return (
+            type(candidate) is FunctionType
+            and candidate.__globals__ is vars(F)
+            and candidate.__name__ == name
+            and candidate.__closure__ is None
+        )
 
     function = getattr(F, name)
-    return function if is_it(function) else next(filter(is_it, gc.get_referrers(vars(F))), None)
+    if is_it(function):
+        return [function]
+    # Free-threaded Python 3.13 hides functions from the collector once a thread was started, but not what refers to them.
+    seen = chain(gc.get_referrers(vars(F)), gc.get_referents(*gc.get_objects()))
+    found = dict.fromkeys(filter(is_it, seen))
+    return sorted(found, key=lambda each: "__wrapped__" in vars(each) or not each.__annotations__)  # copies last
 
 
 # What stands in for the codes of torch's functions. It runs with their globals and their defaults.

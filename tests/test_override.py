@@ -13,6 +13,7 @@ import shutil
 import threading
 import unittest.mock
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -326,9 +327,46 @@ def test_wrapped_before_the_import(kind: str, imported_anew: Callable[[], None])
             assert not is_ours(wrapper)
 
 
+COPIES: dict[str, Callable[[FunctionType], FunctionType]] = {
+    "bare": lambda function: FunctionType(function.__code__, function.__globals__),
+    "updated": lambda function: functools.update_wrapper(COPIES["bare"](function), function),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_wrapped_before_the_import_beside_a_copy(kind: str, imported_anew: Callable[[], None]) -> None:
+    """Tools that trace or test functions make copies, which nothing but their age tells from torch's own one."""
+    function: Any = imported_early_with_logits
+    a_copy = COPIES[kind](function)
+    with unittest.mock.patch.object(F, function.__name__, closure(function)):
+        imported_anew()
+        for _ in range(2):
+            with bce_ext.fused():
+                assert is_ours(imported_early_with_logits)
+                assert is_ours(lambda *operands: a_copy(*operands, None, None, None, "mean", None))
+                assert bce_ext.override.ROUTE.with_logits.loss.function is imported_early_with_logits
+            assert not is_ours(imported_early_with_logits)
+            assert a_copy.__code__ is function.__code__
+
+
+def test_wrapped_before_the_import_where_the_collector_knows_no_functions(
+    imported_anew: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in free-threaded Python 3.13 after the first start of a thread."""
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: [o for o in objects() if type(o) is not FunctionType])
+    monkeypatch.setattr(gc, "get_referrers", lambda *objects: [])
+    with unittest.mock.patch.object(F, "binary_cross_entropy_with_logits", closure(imported_early_with_logits)):
+        imported_anew()
+        with bce_ext.fused():
+            assert is_ours(imported_early_with_logits)
+        assert not is_ours(imported_early_with_logits)
+
+
 def test_a_function_that_is_gone_is_named(imported_anew: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "binary_cross_entropy_with_logits", without_free_variables)
     monkeypatch.setattr(gc, "get_referrers", lambda *objects: [])
+    monkeypatch.setattr(gc, "get_referents", lambda *objects: [])
     imported_anew()
     with pytest.warns(RuntimeWarning, match="binary_cross_entropy_with_logits was replaced") as warned:
         bce_ext.enable()

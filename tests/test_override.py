@@ -8,12 +8,16 @@ import functools
 import gc
 import importlib
 import io
+import itertools
+import os
 import pickle
 import shutil
+import signal
+import sys
 import threading
 import unittest.mock
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -225,6 +229,26 @@ def test_torch_functions_see_torchs_own_function() -> None:
     assert F.binary_cross_entropy in seen
 
 
+def test_torch_functions_are_told_all_arguments() -> None:
+    """As torch tells them: what handles the function may count on each keyword."""
+    told: list[object] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in FUNCTIONS:
+                told.append((func, args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        for function in FUNCTIONS:
+            for keywords in ({}, {"reduction": "sum"}, {"weight": LARGE[1]}):
+                native = function(*LARGE, **keywords)
+                with bce_ext.fused():
+                    torch.testing.assert_close(function(*LARGE, **keywords), native)
+                assert len(told) == 2
+                assert told.pop() == told.pop()
+
+
 def test_is_enabled() -> None:
     assert not bce_ext.is_enabled()
     with bce_ext.fused():
@@ -257,6 +281,110 @@ def test_an_exception_leaves_the_route_as_it_was(monkeypatch: pytest.MonkeyPatch
     with bce_ext.fused():
         assert is_ours()
     assert not is_ours()
+
+
+def interrupted(call: Callable[[], object], place: int) -> bool:
+    """Whether KeyboardInterrupt came, in this place of those where Python looks for signals: where functions of our module begin, and after what they call."""
+    places = itertools.count()
+
+    def is_ours(frame: FrameType | None) -> bool:
+        return frame is not None and frame.f_code.co_filename == bce_ext.override.__file__
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if is_ours(frame.f_back if event == "return" else frame) and event != "c_call" and next(places) == place:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("function", ["enable", "disable"])
+def test_an_interrupt_leaves_nothing_broken(function: str) -> None:
+    """Wherever it comes, all is on or all is off, and the next call works."""
+    before = state()
+    own_codes = [(f, f.__code__) for f in FUNCTIONS]
+    for place in itertools.count():
+        if function == "disable":
+            bce_ext.enable()
+        came = interrupted(getattr(bce_ext, function), place)
+        assert [f.__code__ is not code for f, code in own_codes] == [bce_ext.is_enabled()] * 2
+        bce_ext.disable()
+        assert state() == before
+        if not came:
+            break
+    assert place > 20
+
+
+def test_an_interrupt_at_the_start_of_a_block() -> None:
+    before = state()
+
+    def block() -> None:
+        with bce_ext.fused():
+            sys.setprofile(None)
+
+    for place in itertools.count():
+        came = interrupted(block, place)
+        bce_ext.disable()
+        assert state() == before
+        if not came:
+            break
+    assert place > 20
+
+
+def test_a_request_within_another() -> None:
+    """The collector may run a finalizer anywhere, and a signal its handler: they must not wait for what they interrupt."""
+    seen: list[int] = []
+    for request, is_on in ((bce_ext.enable, True), (bce_ext.disable, False)):
+
+        def interrupt(frame: FrameType, event: str, argument: object) -> Any:
+            if frame.f_code is bce_ext.override._Routed.switch.__code__ and not seen:
+                seen.append(1)
+                request()  # noqa: B023
+            return None
+
+        seen.clear()
+        bce_ext.disable()
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            bce_ext.enable()
+        finally:
+            sys.settrace(before)
+        assert seen
+        assert is_ours() == bce_ext.is_enabled() == is_on
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_switches() -> None:
+    """The child has no thread that would release what the other one holds."""
+    go_on = True
+
+    def work() -> None:
+        while go_on:
+            with bce_ext.fused():
+                pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(50):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)  # ends it where it waits
+                bce_ext.enable()
+                os._exit(0 if is_ours() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        go_on = False
+        thread.join()
 
 
 @pytest.mark.parametrize("within", ["enable", "fused"])
@@ -344,7 +472,6 @@ def test_wrapped_before_the_import_beside_a_copy(kind: str, imported_anew: Calla
             with bce_ext.fused():
                 assert is_ours(imported_early_with_logits)
                 assert is_ours(lambda *operands: a_copy(*operands, None, None, None, "mean", None))
-                assert bce_ext.override.ROUTE.with_logits.loss.function is imported_early_with_logits
             assert not is_ours(imported_early_with_logits)
             assert a_copy.__code__ is function.__code__
 

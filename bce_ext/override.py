@@ -6,7 +6,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from threading import RLock
 from types import CodeType, FunctionType
@@ -89,7 +89,11 @@ def fused() -> Iterator[None]:
         ROUTE.request(block)
         yield
     finally:
-        ROUTE.withdraw(block)
+        try:
+            ROUTE.withdraw(block)
+        except BaseException:  # KeyboardInterrupt, maybe before it began
+            ROUTE.withdraw(block)
+            raise
 
 
 class _Route:
@@ -129,14 +133,16 @@ class _Route:
             self.switch(not self.on)
 
     def switch(self, on: bool) -> None:
-        with ExitStack() as undo:  # all of them, or none, also when KeyboardInterrupt comes in between
-            undo.callback(setattr, self, "on", not on)
-            steps = [self.mark, *(each.switch for each in self.switches)]
+        steps = [self.mark, *(each.switch for each in self.switches)]
+        try:
             for step in steps if on else reversed(steps):
-                undo.callback(step, not on)
                 step(on)
             self.on = on
-            undo.pop_all()
+        except BaseException:  # KeyboardInterrupt may come anywhere
+            for step in reversed(steps):
+                step(False)
+            self.on = False
+            raise
 
     def mark(self, on: bool) -> None:
         if on:

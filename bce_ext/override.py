@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,9 +109,6 @@ class _Route:
         self.requests: set[object] = set()  # ENABLE, and one of each fused() block
         self.on = False
         self.lock = RLock()  # a signal handler or a finalizer of this thread may interrupt it with a request of its own
-        if hasattr(os, "register_at_fork"):  # the child has no thread that would release it
-            release = self.lock.release
-            os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
 
     def request(self, by: object) -> None:
         with self.lock:

@@ -9,10 +9,8 @@ import gc
 import importlib
 import io
 import itertools
-import os
 import pickle
 import shutil
-import signal
 import sys
 import threading
 import unittest.mock
@@ -359,32 +357,6 @@ def test_a_request_within_another() -> None:
             sys.settrace(before)
         assert seen
         assert is_ours() == bce_ext.is_enabled() == is_on
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_while_another_thread_switches() -> None:
-    """The child has no thread that would release what the other one holds."""
-    go_on = True
-
-    def work() -> None:
-        while go_on:
-            with bce_ext.fused():
-                pass
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        for _ in range(50):
-            child = os.fork()
-            if child == 0:
-                signal.alarm(10)  # ends it where it waits
-                bce_ext.enable()
-                os._exit(0 if is_ours() else 1)
-            assert os.waitpid(child, 0)[1] == 0
-    finally:
-        go_on = False
-        thread.join()
 
 
 @pytest.mark.parametrize("within", ["enable", "fused"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Lock
+from contextlib import contextmanager
+from itertools import chain
+from threading import RLock
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function as has_torch_function
 
 from bce_ext import functional
 from bce_ext._call import Loss
@@ -41,7 +43,7 @@ def enable() -> None:
         tensor(2.0612e-09)
         >>> bce_ext.disable()
     """
-    ROUTE.set_enabled(True)
+    ROUTE.request(ROUTE.ENABLE)
 
 
 def disable() -> None:
@@ -53,7 +55,7 @@ def disable() -> None:
         >>> torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(0.)
     """
-    ROUTE.set_enabled(False)
+    ROUTE.withdraw(ROUTE.ENABLE)
 
 
 def is_enabled() -> bool:
@@ -81,74 +83,94 @@ def fused() -> Iterator[None]:
         ...     torch.nn.BCEWithLogitsLoss()(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(2.0612e-09)
     """
-    ROUTE.add_blocks(1)
+    block = object()
     try:
+        ROUTE.request(block)
         yield
     finally:
-        ROUTE.add_blocks(-1)
+        try:
+            ROUTE.withdraw(block)
+        except BaseException:  # KeyboardInterrupt, maybe before it began
+            ROUTE.withdraw(block)
+            raise
 
 
 class _Route:
     """Whether torch's functions are routed, and the switches that do it. While they are, torch.nn.functional holds it, so that a reloaded bce_ext finds it."""
 
     KEY = "_bce_ext_route"
+    ENABLE = "enable()"
 
     def __init__(self) -> None:
         self.with_logits = _Routed(functional.WITH_LOGITS, _with_logits)
         self.probabilities = _Routed(functional.PROBABILITIES, _probabilities)
         # The compiler is told first and untold last, so that it never takes a routed function for a node that it knows by name.
         self.switches = (_Inlined(self.with_logits, self.probabilities), self.with_logits, self.probabilities)
-        self.lock = Lock()
-        self.enabled = False
-        self.blocks = 0
+        self.requests: set[object] = set()  # ENABLE, and one of each fused() block
         self.on = False
+        self.lock = RLock()  # a signal handler or a finalizer of this thread may interrupt it with a request of its own
 
-    def set_enabled(self, enabled: bool) -> None:
+    def request(self, by: object) -> None:
         with self.lock:
-            self.update(enabled, self.blocks)
+            self.requests.add(by)
+            try:
+                self.follow_requests()
+            except BaseException:
+                self.requests.discard(by)
+                raise
 
-    def add_blocks(self, count: int) -> None:
+    def withdraw(self, by: object) -> None:
         with self.lock:
-            self.update(self.enabled, self.blocks + count)
+            self.requests.discard(by)
+            self.follow_requests()
 
-    def update(self, enabled: bool, blocks: int) -> None:
-        on = enabled or blocks > 0
-        if on != self.on:
-            with ExitStack() as undo:  # all of them, or none
-                for each in self.switches if on else reversed(self.switches):
-                    undo.callback(each.switch, self.on)
-                    each.switch(on)
-                undo.pop_all()
-            if on:
-                setattr(F, self.KEY, self)
-            else:
-                delattr(F, self.KEY)
-        self.enabled, self.blocks, self.on = enabled, blocks, on
+    def follow_requests(self) -> None:
+        while self.on != bool(self.requests):  # again, if it was interrupted by a request
+            self.switch(not self.on)
+
+    def switch(self, on: bool) -> None:
+        steps = [self.mark, *(each.switch for each in self.switches)]
+        try:
+            for step in steps if on else reversed(steps):
+                step(on)
+            self.on = on
+        except BaseException:  # KeyboardInterrupt may come anywhere
+            for step in reversed(steps):
+                step(False)
+            self.on = False
+            raise
+
+    def mark(self, on: bool) -> None:
+        if on:
+            setattr(F, self.KEY, self)
+        else:
+            vars(F).pop(self.KEY, None)
 
 
 class _Routed:
-    """One function of torch, and the code that stands in for its own."""
+    """One function of torch, with its copies if there may be some, and the code that stands in for its own."""
 
     def __init__(self, loss: Loss, stand_in: Callable[..., Tensor]) -> None:
         self.name = loss.function.__name__
-        self.function = _as_torch_defined_it(self.name)
-        if self.function is None:
+        self.own_codes = {each: each.__code__ for each in _as_torch_defined_it(self.name)}
+        if not self.own_codes:
             return
-        self.loss = loss._replace(function=self.function)
-        self.own_code = self.function.__code__
+        self.loss = loss
+        own_code = next(iter(self.own_codes.values()))
+        self.own: Callable[..., Tensor] = FunctionType(own_code, vars(F), "own")
         # The position stays torch's: torch.jit.script compiles the source that stands there, so that what it compiles and caches is native always.
         self.code: CodeType = cast(FunctionType, stand_in).__code__.replace(
-            co_name=self.own_code.co_name,
-            co_filename=self.own_code.co_filename,
-            co_firstlineno=self.own_code.co_firstlineno,
+            co_name=own_code.co_name,
+            co_filename=own_code.co_filename,
+            co_firstlineno=own_code.co_firstlineno,
         )
 
     def switch(self, on: bool) -> None:
-        if self.function is not None:
-            self.function.__code__ = self.code if on else self.own_code
-        elif on:
+        for function, own_code in self.own_codes.items():
+            function.__code__ = self.code if on else own_code
+        if on and not self.own_codes:
             message = f"torch.nn.functional.{self.name} was replaced before bce_ext was imported, and is not routed"
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 class _Inlined:
@@ -167,25 +189,39 @@ class _Inlined:
         rules = get_torch_obj_rule_map()
         if not on:
             rules.update(self.rules)
+            self.rules.clear()
             return
-        self.rules = {each.function: rules.pop(each.function) for each in self.routed if each.function in rules}
-        wrappers = {getattr(F, each.name) for each in self.routed} & rules.keys()
-        if wrappers:  # compiled code has no guard on what these call
-            self.rules.update({wrapper: rules.pop(wrapper) for wrapper in wrappers})
+        functions = {function for each in self.routed for function in each.own_codes}
+        wrappers = {getattr(F, each.name) for each in self.routed} - functions
+        self.rules.update({each: rules[each] for each in functions | wrappers if each in rules})
+        for each in self.rules:
+            rules.pop(each, None)
+        if wrappers & self.rules.keys():  # compiled code has no guard on what these call
             torch._dynamo.reset()
 
 
-def _as_torch_defined_it(name: str) -> FunctionType | None:
-    """The function whose globals are torch.nn.functional, also when somebody put something else into its place."""
+def _as_torch_defined_it(name: str) -> list[FunctionType]:
+    """The function whose globals are torch.nn.functional, also when somebody put something else into its place: then with its copies, which look the same."""
 
-    def is_it(candidate: object) -> bool:
-        return isinstance(candidate, FunctionType) and candidate.__globals__ is vars(F) and candidate.__name__ == name
+    def is_it(candidate: object) -> TypeGuard[FunctionType]:
+        # type() and not isinstance(): that would ask lazy objects, which import something or warn.
+        return (
+            type(candidate) is FunctionType
+            and candidate.__globals__ is vars(F)
+            and candidate.__name__ == name
+            and candidate.__closure__ is None
+        )
 
     function = getattr(F, name)
-    return function if is_it(function) else next(filter(is_it, gc.get_referrers(vars(F))), None)
+    if is_it(function):
+        return [function]
+    # Free-threaded Python 3.13 hides functions from the collector once a thread was started, but not what refers to them.
+    seen = chain(gc.get_referrers(vars(F)), gc.get_referents(*gc.get_objects()))
+    return list(set(filter(is_it, seen)))
 
 
-# What stands in for the codes of torch's functions. It runs with their globals and their defaults.
+# What stands in for the codes of torch's functions. It runs with their globals and their defaults. Subclasses and modes are told by torch's own code, which
+# gives them all arguments.
 
 
 def _with_logits(
@@ -194,6 +230,8 @@ def _with_logits(
     import bce_ext.override as ours
 
     operands = (input, target, weight, pos_weight, None)
+    if ours.has_torch_function(operands):
+        return ours.ROUTE.with_logits.own(input, target, weight, size_average, reduce, reduction, pos_weight)
     return ours.call(ours.ROUTE.with_logits.loss, operands, (), reduction, size_average, reduce)
 
 
@@ -201,6 +239,8 @@ def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, redu
     import bce_ext.override as ours
 
     operands = (input, target, weight, None, None)
+    if ours.has_torch_function(operands):
+        return ours.ROUTE.probabilities.own(input, target, weight, size_average, reduce, reduction)
     return ours.call(ours.ROUTE.probabilities.loss, operands, (), reduction, size_average, reduce)
 
 

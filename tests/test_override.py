@@ -8,11 +8,14 @@ import functools
 import gc
 import importlib
 import io
+import itertools
 import pickle
 import shutil
+import sys
 import threading
 import unittest.mock
 from collections.abc import Callable, Iterator
+from types import FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -224,6 +227,26 @@ def test_torch_functions_see_torchs_own_function() -> None:
     assert F.binary_cross_entropy in seen
 
 
+def test_torch_functions_are_told_all_arguments() -> None:
+    """As torch tells them: what handles the function may count on each keyword."""
+    told: list[object] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in FUNCTIONS:
+                told.append((func, args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        for function in FUNCTIONS:
+            for keywords in ({}, {"reduction": "sum"}, {"weight": LARGE[1]}):
+                native = function(*LARGE, **keywords)
+                with bce_ext.fused():
+                    torch.testing.assert_close(function(*LARGE, **keywords), native)
+                assert len(told) == 2
+                assert told.pop() == told.pop()
+
+
 def test_is_enabled() -> None:
     assert not bce_ext.is_enabled()
     with bce_ext.fused():
@@ -256,6 +279,84 @@ def test_an_exception_leaves_the_route_as_it_was(monkeypatch: pytest.MonkeyPatch
     with bce_ext.fused():
         assert is_ours()
     assert not is_ours()
+
+
+def interrupted(call: Callable[[], object], place: int) -> bool:
+    """Whether KeyboardInterrupt came, in this place of those where Python looks for signals: where functions of our module begin, and after what they call."""
+    places = itertools.count()
+
+    def is_ours(frame: FrameType | None) -> bool:
+        return frame is not None and frame.f_code.co_filename == bce_ext.override.__file__
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if is_ours(frame.f_back if event == "return" else frame) and event != "c_call" and next(places) == place:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("function", ["enable", "disable"])
+def test_an_interrupt_leaves_nothing_broken(function: str) -> None:
+    """Wherever it comes, all is on or all is off, and the next call works."""
+    before = state()
+    own_codes = [(f, f.__code__) for f in FUNCTIONS]
+    for place in itertools.count():
+        if function == "disable":
+            bce_ext.enable()
+        came = interrupted(getattr(bce_ext, function), place)
+        assert [f.__code__ is not code for f, code in own_codes] == [bce_ext.is_enabled()] * 2
+        bce_ext.disable()
+        assert state() == before
+        if not came:
+            break
+    assert place > 20
+
+
+def test_an_interrupt_ends_a_block() -> None:
+    before = state()
+
+    def block() -> None:
+        with bce_ext.fused():
+            pass
+
+    for place in itertools.count():
+        came = interrupted(block, place)
+        gc.collect()  # contextlib may have been left before it went into our function
+        assert state() == before
+        if not came:
+            break
+    assert place > 40
+
+
+def test_a_request_within_another() -> None:
+    """The collector may run a finalizer anywhere, and a signal its handler: they must not wait for what they interrupt."""
+    seen: list[int] = []
+    for request, is_on in ((bce_ext.enable, True), (bce_ext.disable, False)):
+
+        def interrupt(frame: FrameType, event: str, argument: object) -> Any:
+            if frame.f_code is bce_ext.override._Routed.switch.__code__ and not seen:
+                seen.append(1)
+                request()  # noqa: B023
+            return None
+
+        seen.clear()
+        bce_ext.disable()
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            bce_ext.enable()
+        finally:
+            sys.settrace(before)
+        assert seen
+        assert is_ours() == bce_ext.is_enabled() == is_on
 
 
 @pytest.mark.parametrize("within", ["enable", "fused"])
@@ -326,9 +427,45 @@ def test_wrapped_before_the_import(kind: str, imported_anew: Callable[[], None])
             assert not is_ours(wrapper)
 
 
+COPIES: dict[str, Callable[[FunctionType], FunctionType]] = {
+    "bare": lambda function: FunctionType(function.__code__, function.__globals__),
+    "updated": lambda function: functools.update_wrapper(COPIES["bare"](function), function),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_wrapped_before_the_import_beside_a_copy(kind: str, imported_anew: Callable[[], None]) -> None:
+    """Tools that trace or test functions make copies, which nothing but their age tells from torch's own one."""
+    function: Any = imported_early_with_logits
+    a_copy = COPIES[kind](function)
+    with unittest.mock.patch.object(F, function.__name__, closure(function)):
+        imported_anew()
+        for _ in range(2):
+            with bce_ext.fused():
+                assert is_ours(imported_early_with_logits)
+                assert is_ours(lambda *operands: a_copy(*operands, None, None, None, "mean", None))
+            assert not is_ours(imported_early_with_logits)
+            assert a_copy.__code__ is function.__code__
+
+
+def test_wrapped_before_the_import_where_the_collector_knows_no_functions(
+    imported_anew: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in free-threaded Python 3.13 after the first start of a thread."""
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: [o for o in objects() if type(o) is not FunctionType])
+    monkeypatch.setattr(gc, "get_referrers", lambda *objects: [])
+    with unittest.mock.patch.object(F, "binary_cross_entropy_with_logits", closure(imported_early_with_logits)):
+        imported_anew()
+        with bce_ext.fused():
+            assert is_ours(imported_early_with_logits)
+        assert not is_ours(imported_early_with_logits)
+
+
 def test_a_function_that_is_gone_is_named(imported_anew: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "binary_cross_entropy_with_logits", without_free_variables)
     monkeypatch.setattr(gc, "get_referrers", lambda *objects: [])
+    monkeypatch.setattr(gc, "get_referents", lambda *objects: [])
     imported_anew()
     with pytest.warns(RuntimeWarning, match="binary_cross_entropy_with_logits was replaced") as warned:
         bce_ext.enable()

@@ -17,13 +17,13 @@ struct SparseTarget {
 // Of a sparse CSR or COO tensor, whose indices are checked.
 SparseTarget split_sparse(const Tensor& target);
 
-// The dense target (num_rows, num_labels) of a sparse one, for an input of this dtype. Values of the same place are added
-// up; ones that have a place each may come as bool, which changes no loss.
+// The dense target (num_rows, num_labels) of a sparse one, for an input of this dtype. Values of the same place are
+// added up; ones that have a place each may come as bool, which changes no loss.
 Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels,
                 at::ScalarType input_dtype);
 
-// The same of a sparse CSR or COO tensor, by one loop on the host. Undefined where that cannot read the tensor, or finds
-// it invalid: then split_sparse says why.
+// The same of a sparse CSR or COO tensor, by one loop on the host. Undefined where that cannot read the tensor, or
+// finds it invalid: then split_sparse says why.
 Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype);
 
 // Whether operations on the tensor are followed by nobody, so that the host may read its memory instead.

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import io
 import itertools
 import pickle
@@ -289,7 +290,9 @@ def interrupted(call: Callable[[], object], place: int) -> bool:
         return frame is not None and frame.f_code.co_filename == bce_ext.override.__file__
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if is_ours(frame.f_back if event == "return" else frame) and event != "c_call" and next(places) == place:
+        if event == "c_call" or (event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR):
+            return  # an error here would end a generator of Python 3.10 without its finally, as no signal does
+        if is_ours(frame.f_back if event == "return" else frame) and next(places) == place:
             sys.setprofile(None)
             raise KeyboardInterrupt
 

@@ -152,10 +152,8 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
     return loss_of(logits(), one_hot(target, size.back()));
   }
   if (takes_plain_form && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr)) {
-    // The logits first: in this order malloc gives no memory back between steps, and there are no page faults.
-    const Tensor all_logits = logits();
     const Tensor dense = readable_dense_of(target, input.scalar_type());
-    if (dense.defined()) return loss_of(all_logits, dense);
+    if (dense.defined()) return loss_of(logits(), dense);
   }
   const SparseTarget split = split_target(target, input, size.back());
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;

@@ -24,6 +24,7 @@ PATHS = {
     "float64": replace(LARGE, dtype="float64"),
     "reduction none": replace(LARGE, reduction="none"),
     "BCELoss": replace(LARGE, loss="probabilities"),
+    "BCELoss, bool target": replace(LARGE, loss="probabilities", target="bool"),
     "BCELoss, reduction none": replace(LARGE, loss="probabilities", reduction="none"),
     "no gradient": replace(LARGE, mode="inference"),
     "no gradient, bfloat16": replace(LARGE, mode="inference", dtype="bfloat16"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from timing import measure, repeat
 from torch import Tensor
 
 import bce_ext
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 LABELS_OF_A_ROW = 10
 BLOCK_ELEMENTS, FEWEST_LABELS = 2**19, 1024  # of csrc/linear_blocks.cpp

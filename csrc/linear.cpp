@@ -3,6 +3,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
@@ -120,9 +121,16 @@ bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
   return !is_defined(parameter) || parameter->scalar_type() == input.scalar_type();
 }
 
+// That of the logits.
+at::ScalarType product_dtype(const Tensor& input) {
+  const at::DeviceType device = input.device().type();
+  const bool is_cast = (input.is_cpu() || input.is_cuda()) && at::autocast::is_autocast_enabled(device);
+  return is_cast ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
+}
+
 // Whether the plain form is known to serve at once: without sizes that a compiler leaves open.
-bool is_small(c10::SymIntArrayRef logits_size, const OptionalTensor& linear_weight) {
-  const auto answer = are_faster(c10::multiply_integers(logits_size), linear_weight).maybe_as_bool();
+bool is_small(c10::SymIntArrayRef logits_size, const OptionalTensor& linear_weight, at::ScalarType dtype) {
+  const auto answer = are_better(c10::multiply_integers(logits_size), linear_weight, dtype).maybe_as_bool();
   return answer.has_value() && !*answer;
 }
 
@@ -137,8 +145,8 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   check_target_size(target, input, linear_weight);
   const auto size = logits_size(input, linear_weight);
   // What a call costs is most of the time of a small problem.
-  const bool takes_plain_form =
-      has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) && is_small(size, linear_weight);
+  const bool takes_plain_form = has_dtype_of(input, linear_weight) && has_dtype_of(input, linear_bias) &&
+                                is_small(size, linear_weight, product_dtype(input));
   const auto loss_of = [&](const Tensor& logits, const Tensor& dense) {
     constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
     return bce({logits, dense, weight, pos_weight, normalizer, kFormula, options}, reduction);
@@ -248,11 +256,11 @@ c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction) {
   return counts ? arguments.num_rows() * arguments.num_labels() : c10::SymInt(1);
 }
 
-c10::SymBool are_faster(const c10::SymInt& num_logits, const OptionalTensor& linear_weight) {
-  constexpr int64_t kFewestLogits = int64_t{1} << 22;
-  const c10::SymBool has_many = num_logits.sym_ge(kFewestLogits);
-  if (!is_defined(linear_weight)) return has_many;
+c10::SymBool are_better(const c10::SymInt& num_logits, const OptionalTensor& linear_weight, at::ScalarType dtype) {
+  constexpr int64_t kFewestLogits = int64_t{1} << 22, kFewestOfHalf = int64_t{1} << 20;
+  if (!is_defined(linear_weight)) return num_logits.sym_ge(kFewestLogits);
   constexpr int64_t kFewestBytes = int64_t{1} << 25;
+  const c10::SymBool has_many = num_logits.sym_ge(dtype == at::kHalf ? kFewestOfHalf : kFewestLogits);
   return has_many.sym_or((linear_weight->sym_numel() * linear_weight->itemsize()).sym_ge(kFewestBytes));
 }
 

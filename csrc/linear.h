@@ -83,12 +83,14 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 // The part of the divisor that the host knows.
 c10::SymInt divisor_of(const LinearArguments& arguments, int64_t reduction);
 
-// Whether blocks are faster than the plain form. Fewer logits and their gradient stay in the caches as they are, and a
-// product of whole matrices is faster on several threads than one of blocks. A gradient of linear_weight of 32 MiB is
-// reason enough: malloc maps so much memory anew at each step, where blocks write into that of the step before.
-c10::SymBool are_faster(const c10::SymInt& num_logits, const OptionalTensor& linear_weight);
+// Whether blocks are better than the plain form, for products in a dtype. Fewer logits and their gradient stay in the
+// caches as they are, and a product of whole matrices is faster on several threads than one of blocks. A gradient of
+// linear_weight of 32 MiB is reason enough: malloc maps so much memory anew at each step, where blocks write into that
+// of the step before. Blocks scale what is float16 after it was added up: the gradient of a mean of a million logits
+// would underflow.
+c10::SymBool are_better(const c10::SymInt& num_logits, const OptionalTensor& linear_weight, at::ScalarType dtype);
 
-// Whether to take blocks: where they are faster, and can be. They need a reduced loss and a device with kernels.
+// Whether to take blocks: where they are better, and can be. They need a reduced loss and a device with kernels.
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction);
 
 // The internal operators, called through the dispatcher.

@@ -240,7 +240,8 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
 
 bool takes_blocks(const LinearArguments& arguments, int64_t reduction) {
   if (reduction == at::Reduction::None || !has_kernel(arguments.input)) return false;
-  return are_faster(arguments.num_rows() * arguments.num_labels(), arguments.linear_weight)
+  return are_better(arguments.num_rows() * arguments.num_labels(), arguments.linear_weight,
+                    arguments.input.scalar_type())
       .guard_or_false(__FILE__, __LINE__);
 }
 

@@ -215,6 +215,18 @@ def test_sums_are_as_exact_as_their_terms(
         assert abs(actual - expected) <= MAX_ULP[dtype] * reference.ulp(expected, dtype) + below_normal
 
 
+@pytest.mark.parametrize("numel", [reference.CHUNK, 100_000, 2**20])
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("of_logits", [True, False])
+def test_sums_of_equal_terms_do_not_drift(of_logits: bool, value: float, numel: int, device: str) -> None:
+    """One after the other, they would all be rounded in the same direction."""
+    input = torch.full((numel,), value, dtype=torch.float64, device=device)
+    loss = F.binary_cross_entropy_with_logits if of_logits else F.binary_cross_entropy
+    expected = math.log1p(math.exp(value)) if of_logits else -math.log1p(-value)
+    actual = loss(input, torch.zeros_like(input)).item()
+    assert abs(actual - expected) <= MAX_ULP[torch.float64] * math.ulp(expected)
+
+
 @pytest.mark.parametrize("place", [0, 100, 256, 299])  # in one product, and in what is left over by them
 @pytest.mark.parametrize(
     ("logit", "label", "loss"), [(float("inf"), 0.0, float("inf")), (float("inf"), 1.0, 0.0), (float("nan"), 1.0, None)]

@@ -216,10 +216,30 @@ def test_a_large_float16_sum_does_not_overflow_on_the_way(device: str) -> None:
     linear_weight = torch.full((2**17, 1), 2.0, dtype=torch.float16, device=device)
     target = torch.full((16,), -1, device=device)
     scale = 2.0**15  # of a gradient scaler
-    (F.linear_binary_cross_entropy_with_logits(input, linear_weight, target) * scale).backward()
+    loss = F.linear_binary_cross_entropy_with_logits(input, linear_weight, target)
+    assert is_blockwise(loss)
+    (loss * scale).backward()
     expected = torch.sigmoid(torch.tensor(2.0, dtype=torch.float64)) * 2 / 16 * scale
     assert input.grad is not None
     torch.testing.assert_close(input.grad.double().cpu(), expected.expand(16, 1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_float16_mean_of_a_million_logits_has_gradients(autocast: bool, device: str) -> None:
+    """The gradient of a logit is 3e-4 / 2**20, which float16 does not hold; those of the bias are sums of a thousand such."""
+    rows, labels = 1024, 1024
+    dtype = torch.float32 if autocast else torch.float16
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(rows, 8, generator=generator).to(device, dtype)
+    linear_weight = torch.zeros(labels, 8, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.full((labels,), -8.0, device=device, dtype=dtype, requires_grad=True)
+    target = torch.full((rows,), -1, device=device)
+    with torch.autocast(device, torch.float16, enabled=autocast):
+        F.linear_binary_cross_entropy_with_logits(input, linear_weight, target, linear_bias=bias).backward()
+    expected = torch.sigmoid(torch.tensor(-8.0, dtype=torch.float64)) / labels
+    assert bias.grad is not None
+    # The nearest multiple of the smallest number of float16.
+    torch.testing.assert_close(bias.grad.double().cpu(), expected.expand(labels), rtol=0.0, atol=2**-25)
 
 
 @settings(max_examples=60, deadline=None)

@@ -198,7 +198,7 @@ def test_autocast(shape: tuple[int, int, int], dtype: torch.dtype, device: str) 
 
 
 def test_a_gradient_scaler_meets_no_underflow(device: str) -> None:
-    """float16 gradients of a mean over a million elements are below its smallest number without the scale."""
+    """float16 gradients of a mean over four million elements are below its smallest number without the scale."""
     case = make_case(*BLOCKS, "class indices", torch.float16, device=device)
     leaves, exact = case.leaves(), case.leaves(torch.float64)
     scale = 2.0**15

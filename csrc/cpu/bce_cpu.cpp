@@ -89,8 +89,21 @@ class FirstInvalid {
   InvalidElement element_;
 };
 
+// Adds neighbours, and then the sums of neighbours: as exact as float64 for any number of chunks.
+template <typename Sums>
+double sum_pairwise(Sums& sums) {
+  size_t count = sums.size();
+  if (count == 0) return 0.0;
+  while (count > 1) {
+    for (size_t i = 0; i < count / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+    if (count % 2 != 0) sums[count / 2] = sums[count - 1];
+    count = (count + 1) / 2;
+  }
+  return sums[0];
+}
+
 // Runs the pass and returns the sum of the losses. Each chunk has a place of its own for its partial sum, and these are
-// added in order, so the result does not depend on the number of threads.
+// added in a fixed order, so the result does not depend on the number of threads.
 double run_chunks(Problem& problem) {
   // An output so large is not in a cache any more when the next operation reads it; and memory that is written past the
   // caches is not read first.
@@ -108,9 +121,7 @@ double run_chunks(Problem& problem) {
     if (result.invalid) invalid.add(chunk, *result.invalid);
   });
   invalid.raise(problem);
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return sum_pairwise(sums);
 }
 
 Tensor number(double value, at::ScalarType dtype) {

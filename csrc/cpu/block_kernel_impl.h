@@ -44,6 +44,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
 
   ChunkResult result;
   alignas(kCacheLine) double lanes[kLanes<T>] = {};
+  alignas(kCacheLine) double lanes_of_block[kLanes<T>] = {};
   alignas(kCacheLine) T first[kBlock<T> + kStagger<T>];
   Log1pSum<T> logarithms;
   int64_t n;
@@ -56,7 +57,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     block.w = kernels.needs.weight ? weight.block(at, n) : nullptr;
     block.p = kernels.needs.pos_weight ? pos_weight.block(at, n) : nullptr;
     block.first = first;
-    block.lanes = lanes;
+    block.lanes = lanes_of_block;
     block.ahead = {input.ahead(at + n), target.ahead(at + n), weight.ahead(at + n), pos_weight.ahead(at + n)};
     if (kernels.in_place != nullptr && n == padded) {
       block.x = input.place(at);
@@ -98,8 +99,9 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       logarithms.add(first, padded);
     } else if (problem.reduce && (summation == Summation::OfStored || n != padded)) {
       fill(T(0), padded - n, block.loss + n);
-      accumulate(block.loss, padded, lanes);
+      accumulate(block.loss, padded, lanes_of_block);
     }
+    move_to(lanes, lanes_of_block);
   }
   if (problem.past_caches) fence_past_caches();
   if (joins_logs) logarithms.finish(lanes);

@@ -35,6 +35,16 @@ BCE_EXT_TARGET void accumulate(const T* in, int64_t n, double* __restrict lanes)
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = sums[lane];
 }
 
+// Adds the lanes of a block to those of its chunk, and clears them. Sums of sums round less often in the same
+// direction.
+template <int64_t kCount>
+BCE_EXT_TARGET void move_to(double (&lanes)[kCount], double (&lanes_of_block)[kCount]) {
+  for (int64_t lane = 0; lane < kCount; ++lane) {
+    lanes[lane] += lanes_of_block[lane];
+    lanes_of_block[lane] = 0.0;
+  }
+}
+
 // How many of n elements equal a number.
 template <typename T>
 BCE_EXT_TARGET int64_t count_equal(int64_t n, const T* in, T number) {

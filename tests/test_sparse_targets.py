@@ -92,10 +92,15 @@ LOSSES = [of_layer, of_logits]
 SMALL, BLOCKS = (3, 2, 4), (257, 2, 16411)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", ["csr", "coo"])
+def with_each_sparse_target(test: Callable[..., None]) -> Callable[..., None]:
+    """Of each kind and size, with and without a layer."""
+    for names, values in {"shape": (SMALL, BLOCKS), "kind": ("csr", "coo"), "loss": LOSSES}.items():
+        test = pytest.mark.parametrize(names, values)(test)
+    return test
+
+
+@with_each_sparse_target
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
 def test_compiled_with_a_graph_break_since_dynamo_wraps_no_sparse_tensor(
     shape: tuple[int, int, int], dynamic: bool, kind: str, loss: Callable[..., Tensor]
 ) -> None:
@@ -116,10 +121,8 @@ def test_compiled_with_a_graph_break_since_dynamo_wraps_no_sparse_tensor(
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", ["csr", "coo"])
+@with_each_sparse_target
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
-@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
 def test_exported_with_a_sparse_input(
     shape: tuple[int, int, int], strict: bool, kind: str, loss: Callable[..., Tensor]
 ) -> None:

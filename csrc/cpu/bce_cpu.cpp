@@ -89,7 +89,7 @@ class FirstInvalid {
   InvalidElement element_;
 };
 
-// Adds neighbours, and then the sums of neighbours: as exact as float64 for any number of chunks.
+// Adds neighbours, and then the sums of neighbours: a chunk takes part in as many roundings as their number has bits.
 template <typename Sums>
 double sum_pairwise(Sums& sums) {
   size_t count = sums.size();

@@ -115,7 +115,9 @@ def main() -> None:
         write_csv(output / "limit.csv", run_limit(args.device, args.threads, plan.seconds, plan.min_rounds))
     if "sweep" in parts:
         cases = [replace(case, **where) for case in plan.sweep]
-        rows = run_sweep(cases, plan.exponents, plan.compiled, plan.seconds, plan.min_rounds)
+        larger = (28,) if args.device == "cuda" else ()
+        sizes = plan.exponents + larger, plan.compiled + larger
+        rows = run_sweep(cases, *sizes, plan.seconds, plan.min_rounds)
         write_csv(output / "sweep.csv", rows)
         if HAS_MATPLOTLIB:
             plot_sweep(output, rows)

@@ -10,6 +10,7 @@ from terminal import print_table, track
 from timing import Candidate, measure
 
 LARGE = Case((4096, 4096))
+LARGE_SHAPE = {"cpu": LARGE.shape, "cuda": (1 << 16, 1 << 11)}  # several times the caches
 PATHS = {
     "mean": LARGE,
     "bool target": replace(LARGE, target="bool"),
@@ -40,7 +41,8 @@ def run_limit(device: str, threads: int, seconds: float, min_rounds: int) -> lis
     lines: list[list[object]] = []
     beside: dict[tuple[int, ...], dict[str, Candidate]] = {}
     for name, path in track((PATHS | SMALL).items(), "limit", len(PATHS | SMALL)):
-        case = replace(path, threads=threads, device=device)
+        shape = LARGE_SHAPE[device] if path.shape == LARGE.shape else path.shape
+        case = replace(path, shape=shape, threads=threads, device=device)
         # The addition is that of float32 numbers, whatever the path computes in: what counts is its bytes for a second. It is the same
         # for all paths of a size, as its speed depends on the pages that its tensors happen to have.
         plain = Case(case.shape, threads=threads, device=device)

@@ -14,7 +14,6 @@ import torch
 T = TypeVar("T")
 Candidate = Callable[[int], float]  # makes so many calls and returns the seconds that they took
 
-SAMPLE_SECONDS = 5e-4  # the clock and the synchronisation are nothing beside it
 MAX_CALLS = 1000
 MAX_ROUNDS = 500
 
@@ -33,6 +32,11 @@ class Timing:
         digits = 2 if self.median * scale < 10 else 1 if self.median * scale < 100 else 0
         low, median, high = (f"{seconds * scale:.{digits}f}" for seconds in (self.low, self.median, self.high))
         return f"{median} {unit} [{low}, {high}]"
+
+
+def _sample_seconds() -> float:
+    """How long a sample takes: beside it, the clock is nothing, and on a GPU the wait for the device at its end."""
+    return 1e-2 if torch.cuda.is_initialized() else 5e-4
 
 
 def _synchronize(device: str) -> None:
@@ -74,7 +78,7 @@ def measure(candidates: dict[str, Candidate], seconds: float, min_rounds: int) -
     for name, run in candidates.items():
         run(1)  # compiles
         run(1)  # starts threads, fills caches
-        calls[name] = min(MAX_CALLS, max(1, round(SAMPLE_SECONDS / run(1))))
+        calls[name] = min(MAX_CALLS, max(1, round(_sample_seconds() / run(1))))
         round_seconds += run(calls[name])
     rounds = min(MAX_ROUNDS, max(min_rounds, int(seconds / round_seconds)))
 

@@ -118,6 +118,24 @@ BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   }
 }
 
+// The same for results that are stored in half precision: a few ULP of float32 are worth five instructions of a GPU.
+template <typename T>
+BCE_EXT_HOST_DEVICE T rough_exp_of_negative(T a) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, float>) {
+    using Constants = FloatFormat<float>;
+    a = at_most(Constants::kExpCutoff, a);
+    const float h = a * -Constants::kLog2E;
+    // exp(-a) / 2^h - 1, as h is rounded
+    const float lost = fmaf(h, -Constants::kLn2Rest, fmaf(h, -Constants::kLn2, -a));
+    float power;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(h));
+    return fmaf(power, lost, power);
+  }
+#endif
+  return exp_of_negative(a);
+}
+
 // log1p(e) for e in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_unit(T e) {
@@ -254,13 +272,13 @@ BCE_EXT_HOST_DEVICE T log_of_either(Condition<T> first, T q) {
   return log_of_split(parts.n - lifted.lift, select(first, f_of_first, f_of_second));
 }
 
-// numerator / d for d in [1, 2].
+// numerator / d for a normal d > 0 whose reciprocal is normal.
 template <typename T>
 BCE_EXT_HOST_DEVICE T divide(T numerator, T d) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, float>) {
-    // At most 2 ULP: the reciprocal has at most 1, the product rounds once more. Neither d nor its reciprocal is ever
-    // subnormal, so that nothing is flushed; what __fdividef does about such a d is left out.
+    // At most 2 ULP: the reciprocal has at most 1, the product rounds once more. Nothing subnormal is flushed; what
+    // __fdividef does about such a d is left out.
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(d));
     return numerator * reciprocal;

@@ -71,9 +71,9 @@ struct WithLogits {
 
   BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return math::exp_of_negative(math::magnitude(x));
+    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
   }
 
   template <typename T, typename Weight, typename PosWeight>
@@ -107,6 +107,28 @@ struct Leaning {
   T minor;
 };
 
+// The sum of the losses of N such targets: one logarithm for the product of the shares, by which few places are lost,
+// and one for each soft label, of which there are none where kHard says so. Not valid where a logarithm may be bounded.
+template <bool kHard, typename T, int N>
+BCE_EXT_HOST_DEVICE math::Condition<T> sum_leaning(const Leaning<T> (&leaning)[N], T& sum) {
+  // Of what is larger, no logarithm is bounded, not even where it is the product of N.
+  const T none = T(0), least = math::power_of_two<math::Scalar<T>>(-90);
+  Share<T> shares[N];
+  for (int k = 0; k < N; ++k) shares[k] = leaning[k].share;
+  for (int step = 1; step < N; step *= 2) {
+    for (int k = 0; k + step < N; k += 2 * step) shares[k] = shares[k].of(shares[k + step]);
+  }
+  math::Condition<T> is_unbounded = shares[0].own > least;
+  sum = -math::log_by_complement(shares[0].own, shares[0].complement);
+  for (const auto& [share, minor] : leaning) {
+    if constexpr (kHard) break;
+    const math::Condition<T> is_hard = minor == none;
+    is_unbounded = is_unbounded & (is_hard | (share.complement > least));
+    sum = sum - math::select(is_hard, none, minor * math::log_of_normal(math::divide(share.complement, share.own)));
+  }
+  return is_unbounded;
+}
+
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
 // logarithms in the loss are at least -100, the denominator of the gradient is at least 1e-12 as a float32, for float64
 // too, the derivative with respect to the target is not clamped.
@@ -122,7 +144,7 @@ struct Probabilities {
 
   BCE_EXT_HOST_DEVICE explicit Probabilities(const double*) {}
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T q) const {
     return math::log_of_unit(q);
   }
@@ -137,7 +159,7 @@ struct Probabilities {
     Terms<T> terms;
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
     terms.summand = terms.loss;
-    terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
+    terms.grad_input = math::divide(q - y, math::at_least(T(1e-12f), variance));
     terms.grad_target = log_rest - log_q;
     apply_weight(terms, w, scale);
     return terms;
@@ -145,7 +167,7 @@ struct Probabilities {
 
   BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T q, T y) const {
     return math::at_least(T(-100), math::log_of_either(y == T(1), q));
   }
@@ -164,7 +186,7 @@ struct Probabilities {
     Terms<T> terms;
     terms.loss = -bounded_log;
     terms.summand = terms.loss;
-    terms.grad_input = (q - y) / math::at_least(T(1e-12f), variance);
+    terms.grad_input = math::divide(q - y, math::at_least(T(1e-12f), variance));
     terms.grad_target = T(0);
     apply_weight(terms, w, scale);
     return terms;
@@ -197,7 +219,7 @@ BCE_EXT_HOST_DEVICE Focus<T> focus_of_integer(T u, Scalar gamma) {
 template <typename T>
 BCE_EXT_HOST_DEVICE Focus<T> focus_by_power(T u, T gamma) {
   const T power = math::power(u, gamma);
-  return {power, power / math::at_least(T(math::Format<T>::kSmallestNormal), u)};
+  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), u))};
 }
 
 // Focal loss of a logit x against a target y, with weight w and pos_weight p, as torchvision defines it:
@@ -220,9 +242,9 @@ struct Focal {
         alpha_positive(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : parameters[0])),
         alpha_negative(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])) {}
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return math::exp_of_negative(math::magnitude(x));
+    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
   }
 
   template <typename T, typename Weight, typename PosWeight>
@@ -278,9 +300,9 @@ struct Asymmetric {
         attached(static_cast<Scalar>(parameters[4] == 0)),
         has_integers(is_small_integer(gamma_neg) && is_small_integer(gamma_pos)) {}
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return math::exp_of_negative(math::magnitude(x));
+    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
   }
 
   template <typename T, typename Weight, typename PosWeight>
@@ -334,9 +356,9 @@ struct Asymmetric {
   // A subnormal share has too few places for its logarithm.
   BCE_EXT_HOST_DEVICE bool has_hard_form() const { return eps >= math::Format<Scalar>::kSmallestNormal; }
 
-  template <typename T>
+  template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {
-    const T e = first_stage(x);
+    const T e = first_stage<kRough>(x);
     return math::divide(e, T(1) + e);
   }
 
@@ -346,7 +368,7 @@ struct Asymmetric {
     const T log_own = math::log_by_complement(label.own, label.complement);
     const Focus<T> focused = focus_of_hard(label.u, label.is_positive);
     const T gamma = math::select(label.is_positive, T(attached * gamma_pos), T(attached * gamma_neg));
-    const T by_entropy = math::select(label.is_bounded, T(0), label.u_slope / label.own) * focused.power;
+    const T by_entropy = math::select(label.is_bounded, T(0), math::divide(label.u_slope, label.own)) * focused.power;
     const T slope = by_entropy - log_own * (gamma * (focused.previous * label.u_slope));
 
     Terms<T> terms;

@@ -33,7 +33,8 @@ struct FloatFormat<float> {
   static constexpr Bits kHighHalfMask = 0xffffff00u;  // of 24 bits 16: times an exponent of 8 bits it is exact
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2 = 0.693147181f;
-  static constexpr float kLn2High = 0.693145752f;  // few enough bits for n * kLn2High to be exact
+  static constexpr float kLn2Rest = -1.90465421e-9f;  // of ln(2)
+  static constexpr float kLn2High = 0.693145752f;     // few enough bits for n * kLn2High to be exact
   static constexpr float kLn2Low = 1.42860677e-6f;
   static constexpr float kSmallestNormal = std::numeric_limits<float>::min();
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -55,6 +55,16 @@ struct TargetRule {
         ignore_index(problem.ignores ? static_cast<Scalar>(problem.ignore_index)
                                      : std::numeric_limits<Scalar>::quiet_NaN()) {}
 
+  // Clears the terms of an element whose target is ignored.
+  template <typename T>
+  BCE_EXT_HOST_DEVICE void clear_ignored(T y, Terms<T>& terms) const {
+    const math::Condition<T> ignored = y == T(ignore_index);
+    terms.loss = math::select(ignored, T(0), terms.loss);
+    terms.summand = math::select(ignored, T(0), terms.summand);
+    terms.grad_input = math::select(ignored, T(0), terms.grad_input);
+    terms.grad_target = math::select(ignored, T(0), terms.grad_target);
+  }
+
   Scalar slope, offset, ignore_index;
 };
 
@@ -63,11 +73,8 @@ template <typename Formula, typename T, typename Weight, typename PosWeight, typ
 BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
                                               Weight w, PosWeight p, T scale, T first) {
   Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
-  const math::Condition<T> ignored = y == T(rule.ignore_index);
-  terms.loss = math::select(ignored, T(0), terms.loss);
-  terms.summand = math::select(ignored, T(0), terms.summand);
-  terms.grad_input = math::select(ignored, T(0), terms.grad_input);
-  terms.grad_target = math::select(ignored, T(0), terms.grad_target * rule.slope);
+  terms.grad_target = terms.grad_target * rule.slope;
+  rule.clear_ignored(y, terms);
   return terms;
 }
 

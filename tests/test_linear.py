@@ -167,6 +167,8 @@ def test_ones_of_any_dtype_are_not_taken_for_more_or_less(device: str) -> None:
             values = torch.ones(3, dtype=dtype, device=device)
             target = torch.sparse_coo_tensor(indices, values, (3, 5))
             if indices is twice and dtype == torch.int64:
+                if device == "cuda":
+                    continue  # the assertion of a kernel stops the whole program
                 with pytest.raises(RuntimeError, match="to be 0 or 1"):
                     F.linear_binary_cross_entropy_with_logits(input, linear_weight, target)
                 continue
@@ -188,6 +190,8 @@ def test_class_indices_that_are_a_negated_view(labels: int, device: str) -> None
     dense = torch.zeros(3, labels, device=device)
     dense[0, 1] = dense[1, 4] = 1
     torch.testing.assert_close(actual, plain([input, linear_weight], dense))
+    if device == "cuda":
+        return  # the assertion of a kernel stops the whole program
     with pytest.raises(IndexError, match=f"one is {labels}"):
         F.linear_binary_cross_entropy_with_logits(input, linear_weight, torch._neg_view(indices - labels + 4))
 

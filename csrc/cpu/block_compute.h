@@ -165,27 +165,14 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   }
 }
 
-// The losses of four vectors from i on by how their targets lean: one logarithm for the product of the shares, by which
-// few places are lost, and one for each soft label. False where a logarithm may be bounded.
+// The losses of four vectors, from x and y on, by how their targets lean. False where a logarithm may be bounded.
 template <Labels kLabels, typename T, typename Formula>
 BCE_EXT_TARGET bool sum_leaning(const Formula& formula, const T* x, const T* y, Numbers<T>& sum) {
-  // Of what is larger, no logarithm is bounded, not even where it is the product of four.
-  constexpr T kLeast = math::power_of_two<T>(-90);
-  const Numbers<T> none = T(0), least = kLeast;
   Leaning<Numbers<T>> leaning[4];
   for (int64_t part = 0; part < 4; ++part) {
     leaning[part] = formula.lean(Numbers<T>::load(x + part * kLanes<T>), Numbers<T>::load(y + part * kLanes<T>));
   }
-  const auto product = leaning[0].share.of(leaning[1].share).of(leaning[2].share.of(leaning[3].share));
-  auto is_unbounded = product.own > least;
-  sum = -math::log_by_complement(product.own, product.complement);
-  for (const auto& [share, minor] : leaning) {
-    if constexpr (kLabels == Labels::Hard) break;
-    const auto is_hard = minor == none;
-    is_unbounded = is_unbounded & (is_hard | (share.complement > least));
-    sum = sum - math::select(is_hard, none, minor * math::log_of_normal(share.complement / share.own));
-  }
-  return math::all<Numbers<T>>(is_unbounded);
+  return math::all<Numbers<T>>(bce_ext::sum_leaning<kLabels == Labels::Hard>(leaning, sum));
 }
 
 template <Labels kLabels, typename T, typename Formula>

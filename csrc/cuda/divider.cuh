@@ -2,25 +2,30 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace bce_ext {
 namespace cuda {
 
-// Quotients of n in [0, 2^63) by a divisor d in [1, 2^63), by one multiplication: a 64-bit division is some hundred
-// instructions. With 2^s >= d and m = ceil(2^(63+s) / d), floor(n * m / 2^(63+s)) is exact for these n (Granlund and
-// Montgomery, 1994).
+// Quotients of n in [0, 2^b) by a divisor d in [1, 2^b), where Int has b bits beside its sign, by one multiplication: a
+// 64-bit division is some hundred instructions. With 2^s >= d and m = ceil(2^(b+s) / d), floor(n * m / 2^(b+s)) is
+// exact for these n (Granlund and Montgomery, 1994).
+template <typename Int>
 class Divider {
  public:
+  using Unsigned = std::make_unsigned_t<Int>;
+
   Divider() : Divider(1) {}
 
-  explicit Divider(int64_t divisor) : divisor_(divisor) {
-    const uint64_t d = divisor;
-    while ((uint64_t(1) << shift_) < d) {
+  explicit Divider(Int divisor) : divisor_(divisor) {
+    const Unsigned d = divisor;
+    while ((Unsigned(1) << shift_) < d) {
       ++shift_;
     }
-    uint64_t quotient = (uint64_t(1) << 63) / d;
-    uint64_t remainder = (uint64_t(1) << 63) % d;
-    for (int step = 0; step < shift_; ++step) {  // long division of 2^(63+s), one more bit a step
+    constexpr Unsigned kPower = Unsigned(1) << (8 * sizeof(Int) - 1);
+    Unsigned quotient = kPower / d;
+    Unsigned remainder = kPower % d;
+    for (int step = 0; step < shift_; ++step) {  // long division of 2^(b+s), one more bit a step
       remainder *= 2;
       quotient *= 2;
       if (remainder >= d) {
@@ -31,15 +36,20 @@ class Divider {
     multiplier_ = quotient + (remainder != 0);
   }
 
-  __host__ __device__ __forceinline__ int64_t divisor() const { return divisor_; }
+  __host__ __device__ __forceinline__ Int divisor() const { return divisor_; }
 
-  __device__ __forceinline__ int64_t divide(int64_t n) const {
-    return static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n) << 1, multiplier_) >> shift_);
+  __device__ __forceinline__ Int divide(Int n) const {
+    const Unsigned twice = static_cast<Unsigned>(n) << 1;
+    if constexpr (sizeof(Int) == 4) {
+      return static_cast<Int>(__umulhi(twice, multiplier_) >> shift_);
+    } else {
+      return static_cast<Int>(__umul64hi(twice, multiplier_) >> shift_);
+    }
   }
 
  private:
-  int64_t divisor_;
-  uint64_t multiplier_ = 0;
+  Int divisor_;
+  Unsigned multiplier_ = 0;
   int shift_ = 0;
 };
 

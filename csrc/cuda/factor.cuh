@@ -20,40 +20,21 @@ struct Factor {
   const void* data = nullptr;
   Dtype dtype = Dtype::Float;
   Access access = Access::Constant;
-  // The walk over at most three dimensions; the outermost one needs no size.
-  Divider inner, middle;
-  int64_t inner_stride = 0, middle_stride = 0, outer_stride = 0;
+  // The walk over at most three dimensions, in 32 bits; the outermost one needs no size.
+  bool has_planes = false;  // a third dimension
+  Divider<int32_t> inner, middle;
+  int32_t inner_stride = 0, middle_stride = 0, outer_stride = 0;
 };
 
-// Where an element lies: its coordinates in the two inner dimensions, and its offset in elements.
-struct Position {
-  int64_t inner, middle, offset;
-};
-
-__device__ __forceinline__ Position find_position(const Factor& factor, int64_t index) {
-  const int64_t row = factor.inner.divide(index);
-  const int64_t plane = factor.middle.divide(row);
-  Position position;
-  position.inner = index - row * factor.inner.divisor();
-  position.middle = row - plane * factor.middle.divisor();
-  position.offset =
-      position.inner * factor.inner_stride + position.middle * factor.middle_stride + plane * factor.outer_stride;
-  return position;
-}
-
-// Moves on to the next element of the walk.
-__device__ __forceinline__ void advance(const Factor& factor, Position& position) {
-  position.inner += 1;
-  position.offset += factor.inner_stride;
-  if (position.inner == factor.inner.divisor()) {
-    position.inner = 0;
-    position.offset += factor.middle_stride - factor.inner.divisor() * factor.inner_stride;
-    position.middle += 1;
-    if (position.middle == factor.middle.divisor()) {
-      position.middle = 0;
-      position.offset += factor.outer_stride - factor.middle.divisor() * factor.middle_stride;
-    }
+// Where an element lies, in elements.
+__device__ __forceinline__ int32_t find_offset(const Factor& factor, int32_t index) {
+  const int32_t row = factor.inner.divide(index);
+  const int32_t in_row = (index - row * factor.inner.divisor()) * factor.inner_stride;
+  if (!factor.has_planes) {
+    return in_row + row * factor.middle_stride;
   }
+  const int32_t plane = factor.middle.divide(row);
+  return in_row + (row - plane * factor.middle.divisor()) * factor.middle_stride + plane * factor.outer_stride;
 }
 
 // The value of a Constant factor.
@@ -63,28 +44,27 @@ __device__ __forceinline__ C constant_value(const Factor& factor) {
   return given ? load_element<C>(factor.data, factor.dtype, 0) : C(1);
 }
 
-// The values of elements [index, index + N) of a factor whose elements are of type F, times `constant`.
+// The values of elements [index, index + N) of a factor whose elements are of type F, times `values`.
 template <typename F, typename C, int N>
 __device__ __forceinline__ void multiply_typed(const Factor& factor, int64_t index, C (&values)[N]) {
+  const F* const data = static_cast<const F*>(factor.data);
   if (factor.access == Access::Walk) {
-    Position position = find_position(factor, index);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      values[k] *= to_compute<C>(static_cast<const F*>(factor.data)[position.offset]);
-      advance(factor, position);
+      values[k] *= to_compute<C>(data[find_offset(factor, static_cast<int32_t>(index) + k)]);
     }
     return;
   }
-  const int64_t offset = factor.access == Access::Flat ? index : find_position(factor, index).offset;
+  const int64_t offset = factor.access == Access::Flat ? index : find_offset(factor, static_cast<int32_t>(index));
   if (factor.access == Access::Shared) {
-    const C value = to_compute<C>(static_cast<const F*>(factor.data)[offset]);
+    const C value = to_compute<C>(data[offset]);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       values[k] *= value;
     }
     return;
   }
-  const auto vector = load_vector<F, N>(factor.data, offset);
+  const auto vector = load_vector<F, N>(data, offset);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     values[k] *= to_compute<C>(vector.values[k]);
@@ -98,7 +78,7 @@ __device__ __forceinline__ void multiply(const Factor& factor, int64_t index, C 
   if (factor.access == Access::Constant) {
     return;
   }
-  if (factor.dtype == dtype_of<C>()) {
+  if (std::is_same_v<Input, C> || factor.dtype == dtype_of<C>()) {
     multiply_typed<C>(factor, index, values);
   } else {
     multiply_typed<Input>(factor, index, values);
@@ -111,9 +91,10 @@ __device__ __forceinline__ C factor_at(const Factor& factor, int64_t index) {
   if (factor.access == Access::Constant) {
     return C(1);
   }
-  const int64_t offset = find_position(factor, index).offset;
-  return factor.dtype == dtype_of<C>() ? to_compute<C>(static_cast<const C*>(factor.data)[offset])
-                                       : to_compute<C>(static_cast<const Input*>(factor.data)[offset]);
+  const int64_t offset = factor.access == Access::Flat ? index : find_offset(factor, static_cast<int32_t>(index));
+  return std::is_same_v<Input, C> || factor.dtype == dtype_of<C>()
+             ? to_compute<C>(static_cast<const C*>(factor.data)[offset])
+             : to_compute<C>(static_cast<const Input*>(factor.data)[offset]);
 }
 
 }  // namespace cuda

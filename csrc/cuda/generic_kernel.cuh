@@ -16,7 +16,7 @@ struct GenericArguments {
   Problem problem;
   Formula formula;
   Numbers<C> numbers;
-  Divider sizes[kMaxDims];
+  Divider<int64_t> sizes[kMaxDims];
   double* partials = nullptr;
 };
 
@@ -55,8 +55,9 @@ __device__ __forceinline__ C generic_element(const GenericArguments<Formula, C>&
   const C y = read<C>(problem.target, arguments, index);
   const C w = read<C>(problem.weight, arguments, index) * read<C>(problem.grad_output, arguments, index);
   const C p = read<C>(problem.pos_weight, arguments, index);
-  in_range &= is_in_range<Formula, /*kHardLabels=*/false>(x, y, arguments.numbers) &&
-              (!problem.hard_labels || is_in_range<WithLogits<C>, /*kHardLabels=*/true>(x, y, arguments.numbers));
+  const bool is_label = !problem.hard_labels || is_in_range<WithLogits<C>, /*kHardLabels=*/true>(x, y);
+  in_range &=
+      (is_label && is_in_range<Formula, /*kHardLabels=*/false>(x, y)) || y == arguments.numbers.rule.ignore_index;
   const Terms<C> terms =
       evaluate_by_rule(arguments.formula, arguments.numbers.rule, x, y, w, p, scale, arguments.formula.first_stage(x));
   if (problem.loss.data != nullptr) {

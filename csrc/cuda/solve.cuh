@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <limits>
 
 #include "generic_kernel.cuh"
 #include "small_kernels.cuh"
@@ -20,7 +22,10 @@ inline int64_t num_blocks(int64_t numel, int64_t tile, int64_t max_blocks) {
   return std::min((numel + tile - 1) / tile, max_blocks);
 }
 
-// A Strided operand as a Factor of at most three dimensions; false when it has more.
+// The vector kernel finds the elements of a factor with 32 bits: in larger problems, or further apart, it cannot.
+constexpr int64_t kMaxOffset = std::numeric_limits<int32_t>::max();
+
+// A Strided operand as a Factor of at most three dimensions; false when it has more, or too large ones.
 inline bool collapse(const Operand& operand, const Problem& problem, Factor& factor) {
   int64_t sizes[3] = {1, 1, 1};
   int64_t strides[3] = {0, 0, 0};  // innermost first
@@ -40,17 +45,26 @@ inline bool collapse(const Operand& operand, const Problem& problem, Factor& fac
     strides[count] = operand.strides[d];
     ++count;
   }
-  factor.inner = Divider(sizes[0]);
-  factor.middle = Divider(sizes[1]);
-  factor.inner_stride = strides[0];
-  factor.middle_stride = strides[1];
-  factor.outer_stride = strides[2];
+  int64_t last = 0;
+  for (int d = 0; d < count; ++d) {
+    last += (sizes[d] - 1) * std::abs(strides[d]);
+  }
+  if (problem.numel > kMaxOffset || last > kMaxOffset) {
+    return false;
+  }
+  factor.has_planes = count == 3;
+  factor.inner = Divider(static_cast<int32_t>(sizes[0]));
+  factor.middle = Divider(static_cast<int32_t>(sizes[1]));
+  factor.inner_stride = static_cast<int32_t>(strides[0]);
+  factor.middle_stride = static_cast<int32_t>(strides[1]);
+  factor.outer_stride = static_cast<int32_t>(strides[2]);
   return true;
 }
 
-// How the vector kernel with vectors of N elements reads an operand; false when it cannot.
+// How the vector kernel with vectors of N elements reads an operand; false when it cannot. `aligned` becomes false
+// where there are no vectors to read.
 template <typename Input, int N>
-bool make_factor(const Operand& operand, const Problem& problem, Factor& factor) {
+bool make_factor(const Operand& operand, const Problem& problem, Factor& factor, bool& aligned) {
   using C = compute_t<Input>;
   if (operand.layout == Layout::Absent) {
     return true;
@@ -63,12 +77,11 @@ bool make_factor(const Operand& operand, const Problem& problem, Factor& factor)
   if (operand.dtype != dtype_of<Input>() && operand.dtype != dtype_of<C>()) {
     return false;
   }
-  const bool aligned =
+  const bool is_vector =
       operand.dtype == dtype_of<C>() ? is_aligned<C, N>(operand.data) : is_aligned<Input, N>(operand.data);
   if (operand.layout == Layout::Flat) {
-    factor.inner = Divider(std::max<int64_t>(problem.numel, 1));
-    factor.inner_stride = 1;
-    factor.access = aligned ? Access::Flat : Access::Walk;
+    factor.access = Access::Flat;
+    aligned &= is_vector;
     return true;
   }
   if (!collapse(operand, problem, factor)) {
@@ -78,7 +91,7 @@ bool make_factor(const Operand& operand, const Problem& problem, Factor& factor)
     factor.access = Access::Walk;
   } else if (factor.inner_stride == 0) {
     factor.access = Access::Shared;
-  } else if (factor.inner_stride == 1 && factor.middle_stride % N == 0 && factor.outer_stride % N == 0 && aligned) {
+  } else if (factor.inner_stride == 1 && factor.middle_stride % N == 0 && factor.outer_stride % N == 0 && is_vector) {
     factor.access = Access::Row;
   } else {
     factor.access = Access::Walk;
@@ -107,25 +120,30 @@ int64_t try_vector_kernel(const Problem& problem, double* partials, int64_t max_
   using C = compute_t<Input>;
   constexpr int N = kVectorSize<Input, Target, kWeighted>;
   VectorArguments<Formula, C> arguments(problem);
-  if (!make_factor<Input, N>(problem.weight, problem, arguments.weight) ||
-      !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight) ||
-      !make_factor<Input, N>(problem.grad_output, problem, arguments.grad_output)) {
-    return -1;
-  }
-  arguments.input = problem.input.data;
-  arguments.target = problem.target.data;
-  arguments.loss = problem.loss;
-  arguments.grad_input = problem.grad_input;
-  arguments.grad_target = problem.grad_target;
-  arguments.partials = partials;
-  arguments.numel = problem.numel;
   arguments.aligned = is_aligned<Input, N>(problem.input.data) && is_aligned<Target, N>(problem.target.data) &&
                       (problem.loss.dtype == dtype_of<C>() ? is_aligned<C, N>(problem.loss.data)
                                                            : is_aligned<Input, N>(problem.loss.data)) &&
                       is_aligned<Input, N>(problem.grad_input.data) && is_aligned<Target, N>(problem.grad_target.data);
+  if (!make_factor<Input, N>(problem.weight, problem, arguments.weight, arguments.aligned) ||
+      !make_factor<Input, N>(problem.pos_weight, problem, arguments.pos_weight, arguments.aligned) ||
+      !make_factor<Input, N>(problem.grad_output, problem, arguments.grad_output, arguments.aligned)) {
+    return -1;
+  }
+  arguments.input = problem.input.data;
+  arguments.target = problem.target.data;
+  arguments.partials = partials;
   const int64_t blocks = num_blocks(problem.numel, kTile<Input, Target, kWeighted>, max_blocks);
   launch(vector_kernel<Formula, Input, Target, kWeighted>, blocks, kThreads, arguments);
   return blocks;
+}
+
+// Whether a problem is more than the kernel without weights does. That kernel takes a grad_output of one value.
+inline bool needs_weights(const Problem& problem) {
+  const Wanted wanted = wanted_of(problem);
+  const bool is_scaled = wanted == Wanted::GradInput && problem.grad_output.layout == Layout::Scalar;
+  return wanted == Wanted::All || problem.weight.layout != Layout::Absent ||
+         problem.pos_weight.layout != Layout::Absent || problem.adjusts_target() ||
+         (problem.grad_output.layout != Layout::Absent && !is_scaled);
 }
 
 // `Formula` stands for its instance for the type computed in.
@@ -135,11 +153,10 @@ int64_t try_types(const Problem& problem, double* partials, int64_t max_blocks, 
     return -1;
   }
   using Instance = Formula<compute_t<Input>>;
-  const bool weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
-                        problem.grad_output.layout != Layout::Absent || problem.adjusts_target();
   // A formula that does more has no kernel without weights: reading none is little beside it.
   if constexpr (Instance::kJoinsLogarithms || Instance::kTakesProbabilities) {
-    if (!weighted) return try_vector_kernel<Instance, Input, Target, false>(problem, partials, max_blocks, launch);
+    if (!needs_weights(problem))
+      return try_vector_kernel<Instance, Input, Target, false>(problem, partials, max_blocks, launch);
   }
   return try_vector_kernel<Instance, Input, Target, true>(problem, partials, max_blocks, launch);
 }

@@ -4,206 +4,327 @@
 
 #include <c10/macros/Macros.h>
 
-#include <algorithm>
-
-#include "../formulas.h"
 #include "block_reduce.cuh"
-#include "factor.cuh"
+#include "vector_arguments.cuh"
 
 namespace bce_ext {
 namespace cuda {
 
-constexpr int kThreads = 256;
-
-// What the kernels take of a Problem's numbers.
-template <typename C>
-struct Numbers {
-  explicit Numbers(const Problem& problem)
-      : normalizer(problem.normalizer.data),
-        normalizer_dtype(problem.normalizer.dtype),
-        scale(static_cast<C>(1.0 / problem.divisor)),
-        rule(problem) {}
-
-  // Of the gradients.
-  __device__ __forceinline__ C full_scale() const {
-    return normalizer == nullptr ? scale : scale / load_element<C>(normalizer, normalizer_dtype, 0);
-  }
-
-  const void* normalizer;
-  Dtype normalizer_dtype;
-  C scale;
-  TargetRule<C> rule;
-};
-
-template <typename Formula, typename C>
-struct VectorArguments {
-  explicit VectorArguments(const Problem& problem) : formula(problem.parameters), numbers(problem) {}
-
-  Formula formula;
-  Numbers<C> numbers;
-  const void* input = nullptr;
-  const void* target = nullptr;
-  Factor weight, pos_weight, grad_output;
-  Output loss, grad_input, grad_target;
-  double* partials = nullptr;  // one sum of losses per block, where wanted
-  int64_t numel = 0;
-  bool aligned = false;  // input, target and the outputs can be accessed in vectors
-};
-
-// Elements per vector: the widest operand takes 16 bytes, and all accesses of a warp are to neighbours. Weights may be
-// of the type that is computed in.
-template <typename Input, typename Target, bool kWeighted>
-constexpr int kVectorSize =
-    kVectorBytes /
-    static_cast<int>(std::max({sizeof(Input), sizeof(Target), kWeighted ? sizeof(compute_t<Input>) : 1}));
-
-// Elements that a block handles at a time.
-template <typename Input, typename Target, bool kWeighted>
-constexpr int kTile = kThreads * kVectorSize<Input, Target, kWeighted>;
-
-// Logits may have any value; a probability or an integer label that is none stops the program, as in native, by an
-// assertion of the kernel.
-template <typename Formula, bool kHardLabels, typename C>
-__device__ __forceinline__ bool is_in_range(C x, C y, const Numbers<C>& numbers) {
-  if constexpr (Formula::kTakesProbabilities) {
-    return (x >= C(0) && x <= C(1) && y >= C(0) && y <= C(1)) || y == numbers.rule.ignore_index;
-  } else if constexpr (kHardLabels) {
-    return y == C(0) || y == C(1) || y == numbers.rule.ignore_index;
-  } else {
-    return true;
-  }
-}
-
-// What a thread does with its N elements of a tile.
+// What a thread does with its elements, N at a time.
 template <typename Formula, typename Input, typename Target, bool kWeighted>
-class TilePass {
+class VectorPass {
  public:
   using C = compute_t<Input>;
+  using Arguments = VectorArguments<Formula, C>;
   static constexpr int N = kVectorSize<Input, Target, kWeighted>;
 
-  __device__ __forceinline__ explicit TilePass(const VectorArguments<Formula, C>& arguments)
+  // Without weights, grad_output may be one value: a factor of the gradient.
+  __device__ __forceinline__ explicit VectorPass(const Arguments& arguments)
       : arguments_(arguments),
-        scale_(arguments.numbers.full_scale()),
+        scale_(arguments.numbers.full_scale() * (kWeighted ? C(1) : constant_value<C>(arguments.grad_output))),
         weight_(kWeighted ? constant_value<C>(arguments.weight) * constant_value<C>(arguments.grad_output) : C(1)),
         pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
 
-  // Elements [index, index + N), all of them there and aligned. Returns the sum of their losses.
-  __device__ __forceinline__ C vector(int64_t index) {
-    const auto inputs = load_vector<Input, N>(arguments_.input, index);
-    const auto targets = load_vector<Target, N>(arguments_.target, index);
-    C weights[N], pos_weights[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      weights[k] = weight_;
-      pos_weights[k] = pos_weight_;
-    }
-    if constexpr (kWeighted) {
-      multiply<Input>(arguments_.weight, index, weights);
-      multiply<Input>(arguments_.grad_output, index, weights);
-      multiply<Input>(arguments_.pos_weight, index, pos_weights);
-    }
-    C losses[N], grad_inputs[N], grad_targets[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      const Terms<C> terms =
-          evaluate(to_compute<C>(inputs.values[k]), to_compute<C>(targets.values[k]), weights[k], pos_weights[k]);
-      losses[k] = terms.loss;
-      grad_inputs[k] = terms.grad_input;
-      grad_targets[k] = terms.grad_target;
-    }
-    store(index, losses, grad_inputs, grad_targets);
-    C sum = losses[0];
-#pragma unroll
-    for (int k = 1; k < N; ++k) {
-      sum += losses[k];
-    }
-    return sum;
+  // Input and target of elements [index, index + N), all of them there and aligned.
+  struct Loaded {
+    Packed<Input, N> inputs;
+    Packed<Target, N> targets;
+  };
+
+  __device__ __forceinline__ Loaded load(int64_t index) const {
+    return {{arguments_.input, index}, {arguments_.target, index}};
   }
 
-  // The same one by one, for elements first, first + step, ... before `end`: what is not aligned, and the last ones.
-  __device__ __forceinline__ C elements(int64_t first, int step, int64_t end) {
-    C sum = 0;
-#pragma unroll 1
-    for (int64_t i = first; i < end; i += step) {
-      C w = weight_, p = pos_weight_;
-      if constexpr (kWeighted) {
-        w *= factor_at<Input, C>(arguments_.weight, i) * factor_at<Input, C>(arguments_.grad_output, i);
-        p *= factor_at<Input, C>(arguments_.pos_weight, i);
-      }
-      const Terms<C> terms = evaluate(to_compute<C>(static_cast<const Input*>(arguments_.input)[i]),
-                                      to_compute<C>(static_cast<const Target*>(arguments_.target)[i]), w, p);
-      const C loss[1] = {terms.loss};
-      const C grad_input[1] = {terms.grad_input};
-      const C grad_target[1] = {terms.grad_target};
-      store(i, loss, grad_input, grad_target);
-      sum += terms.loss;
+  // Returns the sum of their losses, where it is wanted.
+  __device__ __forceinline__ C vector(int64_t index, const Loaded& loaded) {
+    Elements elements;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      elements.x[k] = loaded.inputs.template value<C>(k);
+      elements.y[k] = loaded.targets.template value<C>(k);
+      check(elements.x[k], elements.y[k]);
     }
-    return sum;
+    if constexpr (kWeighted) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        elements.w[k] = weight_;
+        elements.p[k] = pos_weight_;
+      }
+      multiply<Input>(arguments_.weight, index, elements.w);
+      multiply<Input>(arguments_.grad_output, index, elements.w);
+      multiply<Input>(arguments_.pos_weight, index, elements.p);
+    }
+    switch (arguments_.wanted) {
+      case Wanted::Sum:
+        return sum<false>(index, elements);
+      case Wanted::SumAndGradInput:
+        return sum<true>(index, elements);
+      case Wanted::Losses:
+        return by_labels<true, false>(index, elements);
+      case Wanted::GradInput:
+        return by_labels<false, true>(index, elements);
+      default:
+        if constexpr (kWeighted) return all(index, elements);
+        return C(0);  // not without weights: see needs_weights
+    }
+  }
+
+  // One element, wherever it lies. Returns its loss.
+  __device__ __forceinline__ C element(int64_t index) {
+    C w = weight_, p = pos_weight_;
+    if constexpr (kWeighted) {
+      w *= factor_at<Input, C>(arguments_.weight, index) * factor_at<Input, C>(arguments_.grad_output, index);
+      p *= factor_at<Input, C>(arguments_.pos_weight, index);
+    }
+    const C x = to_compute<C>(static_cast<const Input*>(arguments_.input)[index]);
+    const C y = to_compute<C>(static_cast<const Target*>(arguments_.target)[index]);
+    check(x, y);
+    const Terms<C> terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, w, p, scale_,
+                                            arguments_.formula.template first_stage<kRough>(x));
+    const C loss[1] = {terms.loss}, grad_input[1] = {terms.grad_input}, grad_target[1] = {terms.grad_target};
+    store_losses(index, loss);
+    store_grad_input(index, grad_input);
+    store_grad_target(index, grad_target);
+    return terms.loss;
   }
 
   // Whether all inputs so far were values that the formula is defined for.
   __device__ __forceinline__ bool in_range() const { return in_range_; }
 
  private:
-  __device__ __forceinline__ Terms<C> evaluate(C x, C y, C w, C p) {
-    in_range_ &= is_in_range<Formula, std::is_integral_v<Target>>(x, y, arguments_.numbers);
+  static constexpr bool kRough = sizeof(Input) == 2;
+  static constexpr bool kHasHardLabels = std::is_integral_v<Target> || std::is_same_v<Target, Boolean>;
+
+  enum class Labels { Any, Hard };
+
+  struct Elements {
+    C x[N], y[N], w[N], p[N];
+  };
+
+  __device__ __forceinline__ void check(C x, C y) {
+    in_range_ &= is_in_range<Formula, std::is_integral_v<Target>>(x, y) ||
+                 (kWeighted && y == arguments_.numbers.rule.ignore_index);
+  }
+
+  // The terms of element k as if it were not ignored.
+  template <Labels kLabels>
+  __device__ __forceinline__ Terms<C> terms_of(const Elements& elements, int k) const {
+    const auto& rule = arguments_.numbers.rule;
     if constexpr (kWeighted) {
-      return evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, w, p, scale_,
-                              arguments_.formula.first_stage(x));
+      const C y = kLabels == Labels::Hard ? elements.y[k] : elements.y[k] * rule.slope + rule.offset;
+      return terms_of<kLabels>(elements.x[k], y, elements.w[k], elements.p[k]);
     } else {
-      return arguments_.formula.evaluate(x, y, One{}, One{}, scale_, arguments_.formula.first_stage(x));
+      return terms_of<kLabels>(elements.x[k], elements.y[k], One{}, One{});
+    }
+  }
+
+  template <Labels kLabels, typename Weight, typename PosWeight>
+  __device__ __forceinline__ Terms<C> terms_of(C x, C y, Weight w, PosWeight p) const {
+    const Formula& formula = arguments_.formula;
+    if constexpr (kLabels == Labels::Hard) {
+      return formula.evaluate_hard(x, y, w, p, scale_, formula.template first_stage_of_hard<kRough>(x, y));
+    } else {
+      return formula.evaluate(x, y, w, p, scale_, formula.template first_stage<kRough>(x));
+    }
+  }
+
+  __device__ __forceinline__ void clear_ignored(const Elements& elements, C (&values)[N]) const {
+    if (kWeighted && arguments_.numbers.ignores) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        values[k] = elements.y[k] == arguments_.numbers.rule.ignore_index ? C(0) : values[k];
+      }
+    }
+  }
+
+  // Whether the form for hard labels serves: all are 0, 1 or ignored.
+  __device__ __forceinline__ bool are_hard(const Elements& elements) const {
+    bool result = arguments_.takes_hard_form;
+#pragma unroll
+    for (int k = 0; !kHasHardLabels && k < N; ++k) {
+      const C y = elements.y[k];
+      result &= y == C(0) || y == C(1) || (kWeighted && y == arguments_.numbers.rule.ignore_index);
+    }
+    return result;
+  }
+
+  template <bool kLosses, bool kGradInput>
+  __device__ __forceinline__ C by_labels(int64_t index, const Elements& elements) const {
+    if constexpr (Formula::kHasHardForm) {
+      if (are_hard(elements)) return evaluate<Labels::Hard, kLosses, kGradInput>(index, elements);
+    }
+    return evaluate<Labels::Any, kLosses, kGradInput>(index, elements);
+  }
+
+  // Stores losses or gradients, and returns the sum of the losses.
+  template <Labels kLabels, bool kLosses, bool kGradInput>
+  __device__ __forceinline__ C evaluate(int64_t index, const Elements& elements) const {
+    C values[N], sum = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Terms<C> terms = terms_of<kLabels>(elements, k);
+      values[k] = kLosses ? terms.loss : terms.grad_input;
+    }
+    clear_ignored(elements, values);
+    if constexpr (kGradInput) store_grad_input(index, values);
+    if constexpr (kLosses) {
+      store_losses(index, values);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        sum += values[k];
+      }
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ C all(int64_t index, const Elements& elements) const {
+    C losses[N], grad_inputs[N], grad_targets[N], sum = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Terms<C> terms = terms_of<Labels::Any>(elements, k);
+      losses[k] = terms.loss;
+      grad_inputs[k] = terms.grad_input;
+      grad_targets[k] = terms.grad_target * arguments_.numbers.rule.slope;
+    }
+    clear_ignored(elements, losses);
+    clear_ignored(elements, grad_inputs);
+    clear_ignored(elements, grad_targets);
+    store_losses(index, losses);
+    store_grad_input(index, grad_inputs);
+    store_grad_target(index, grad_targets);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sum += losses[k];
+    }
+    return sum;
+  }
+
+  // The sum of the losses, and maybe the gradient. Summands are what losses are as long as their sum is finite, and
+  // less work.
+  template <bool kGradInput>
+  __device__ __forceinline__ C sum(int64_t index, const Elements& elements) const {
+    C result = 0;
+    bool is_valid;
+    if constexpr (!kWeighted && Formula::kGradInputIsOneStage) {
+      if constexpr (kGradInput) evaluate<Labels::Any, false, true>(index, elements);
+      is_valid = sum_leaning(elements, result);
+    } else {
+      if constexpr (Formula::kHasHardForm) {
+        if (are_hard(elements)) {
+          result = add_summands<Labels::Hard, kGradInput>(index, elements);
+        } else {
+          result = add_summands<Labels::Any, kGradInput>(index, elements);
+        }
+      } else {
+        result = add_summands<Labels::Any, kGradInput>(index, elements);
+      }
+      is_valid = math::magnitude(result) < C(math::Format<C>::kInfinity);
+    }
+    return is_valid ? result : evaluate<Labels::Any, true, false>(index, elements);
+  }
+
+  template <Labels kLabels, bool kGradInput>
+  __device__ __forceinline__ C add_summands(int64_t index, const Elements& elements) const {
+    constexpr bool kJoins = !kWeighted && Formula::kJoinsLogarithms;
+    C summands[N], grad_inputs[N], sum = 0, excess = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Terms<C> terms = terms_of<kLabels>(elements, k);
+      summands[k] = terms.summand;
+      grad_inputs[k] = terms.grad_input;
+      if constexpr (kJoins) {
+        excess = math::product_of_excesses(excess, arguments_.formula.template first_stage<kRough>(elements.x[k]));
+      }
+    }
+    if constexpr (kGradInput) {
+      clear_ignored(elements, grad_inputs);
+      store_grad_input(index, grad_inputs);
+    }
+    clear_ignored(elements, summands);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sum += summands[k];
+    }
+    return kJoins ? sum + math::log1p_of_nonnegative(excess) : sum;
+  }
+
+  // See sum_leaning of formulas.h.
+  __device__ __forceinline__ bool sum_leaning(const Elements& elements, C& sum) const {
+    Leaning<C> leaning[N];
+    bool is_hard = true;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      leaning[k] = arguments_.formula.lean(elements.x[k], elements.y[k]);
+      is_hard &= leaning[k].minor == C(0);
+    }
+    return kHasHardLabels || is_hard ? bce_ext::sum_leaning<true>(leaning, sum)
+                                     : bce_ext::sum_leaning<false>(leaning, sum);
+  }
+
+  template <int M>
+  __device__ __forceinline__ void store_losses(int64_t index, const C (&values)[M]) const {
+    if (arguments_.loss.data == nullptr) return;
+    if (arguments_.loss.dtype == dtype_of<C>()) {
+      store_vector<C>(arguments_.loss.data, index, values);
+    } else {
+      store_vector<Input>(arguments_.loss.data, index, values);
     }
   }
 
   template <int M>
-  __device__ __forceinline__ void store(int64_t index, const C (&losses)[M], const C (&grad_inputs)[M],
-                                        const C (&grad_targets)[M]) const {
-    if (arguments_.loss.data != nullptr) {
-      if (arguments_.loss.dtype == dtype_of<C>()) {
-        store_vector<C>(arguments_.loss.data, index, losses);
-      } else {
-        store_vector<Input>(arguments_.loss.data, index, losses);
-      }
-    }
-    if (arguments_.grad_input.data != nullptr) {
-      store_vector<Input>(arguments_.grad_input.data, index, grad_inputs);
-    }
-    if constexpr (!std::is_integral_v<Target> && !std::is_same_v<Target, Boolean>) {
-      if (arguments_.grad_target.data != nullptr) {
-        store_vector<Target>(arguments_.grad_target.data, index, grad_targets);
-      }
+  __device__ __forceinline__ void store_grad_input(int64_t index, const C (&values)[M]) const {
+    if (arguments_.grad_input.data != nullptr) store_vector<Input>(arguments_.grad_input.data, index, values);
+  }
+
+  template <int M>
+  __device__ __forceinline__ void store_grad_target(int64_t index, const C (&values)[M]) const {
+    if constexpr (!kHasHardLabels) {
+      if (arguments_.grad_target.data != nullptr) store_vector<Target>(arguments_.grad_target.data, index, values);
     }
   }
 
-  const VectorArguments<Formula, C>& arguments_;
+  const Arguments& arguments_;
   const C scale_;                // of the gradients
   const C weight_, pos_weight_;  // the constant parts
   bool in_range_ = true;
 };
 
 // Blocks that an SM must have room for: a thread has up to 64 registers, or 128 in float64, enough to keep out of local
-// memory.
-template <typename C>
-constexpr int kMinBlocks = std::is_same_v<C, double> ? 2 : 4;
+// memory. The asymmetric loss, and eight probabilities at a time, take more.
+template <typename Formula, typename Input, bool kWeighted>
+constexpr int kMinBlocks = (sizeof(Input) == 8 ? 2 : 4) -
+                           (Formula::kTakesProbabilities ? !kWeighted && sizeof(Input) == 2 : Formula::kHasHardForm);
+
+// Whether what a thread will need next is under way while it computes: where memory is what it waits for, and where
+// there are registers.
+template <typename Formula, typename Input>
+constexpr bool kPrefetches = Formula::kJoinsLogarithms || (Formula::kTakesProbabilities && sizeof(Input) > 2);
 
 template <typename Formula, typename Input, typename Target, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<compute_t<Input>>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<Formula, Input, kWeighted>)
     vector_kernel(const VectorArguments<Formula, compute_t<Input>> arguments) {
-  using Pass = TilePass<Formula, Input, Target, kWeighted>;
-  constexpr int64_t kSize = kTile<Input, Target, kWeighted>;
+  using Pass = VectorPass<Formula, Input, Target, kWeighted>;
   Pass pass(arguments);
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t num_vectors = arguments.aligned ? arguments.numel / Pass::N : 0;
   double sum = 0;
-  for (int64_t tile = blockIdx.x; tile * kSize < arguments.numel; tile += gridDim.x) {
-    const int64_t begin = tile * kSize;
-    const int64_t index = begin + static_cast<int>(threadIdx.x) * Pass::N;
-    if (arguments.aligned && index + Pass::N <= arguments.numel) {
-      sum += pass.vector(index);
-    } else {
-      // Misaligned, neighbours go to neighbouring threads; aligned, what is left of a vector goes to one.
-      const int64_t first = arguments.aligned ? index : begin + static_cast<int>(threadIdx.x);
-      const int64_t end = begin + kSize < arguments.numel ? begin + kSize : arguments.numel;
-      sum += pass.elements(first, arguments.aligned ? 1 : kThreads, end);
+  if (thread < num_vectors) {
+    constexpr bool kAhead = kPrefetches<Formula, Input>;
+    typename Pass::Loaded next = pass.load(thread * Pass::N);
+#pragma unroll 1
+    for (int64_t i = thread; i < num_vectors; i += num_threads) {
+      const typename Pass::Loaded current = kAhead ? next : pass.load(i * Pass::N);
+      if (kAhead && i + num_threads < num_vectors) {
+        next = pass.load((i + num_threads) * Pass::N);
+      }
+      sum += pass.vector(i * Pass::N, current);
     }
+  }
+  // What is left of a vector, and all that is not aligned: neighbours by neighbouring threads.
+#pragma unroll 1
+  for (int64_t i = num_vectors * Pass::N + thread; i < arguments.numel; i += num_threads) {
+    sum += pass.element(i);
   }
   CUDA_KERNEL_ASSERT(pass.in_range());
   store_block_sum(sum, arguments.partials);

@@ -2,14 +2,12 @@
 
 No GPU is needed. Fails unless every kernel keeps out of local memory (no stack, no spills), every vector kernel moves
 16 bytes in one access, and every internal operator with a kernel for the CPU has one for CUDA. Prints the registers and
-the theoretical occupancy of every kernel and the instructions that the machine executes per element, as the table that
-docs/cuda-tables.md shows; ``--write`` puts it into that page.
+the theoretical occupancy of every kernel, as the table that docs/cuda-tables.md shows; ``--write`` puts it into that page.
 """
 
 import argparse
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
@@ -17,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 
 REQUIRED_ARCHS = ("sm_75", "sm_90")
 
@@ -48,79 +45,6 @@ DISPLAYED = {
     "unsigned long": "uint64",
 }
 
-# The copy bandwidth of an H100, measured elsewhere, and what its 132 SMs issue at 1.7 GHz: 4 warps of 32 a clock.
-H100_BYTES_PER_SECOND = 3.0e12
-H100_INSTRUCTIONS_PER_SECOND = 132 * 4 * 32 * 1.7e9
-
-# Path, kernel, bytes per element, and which way through the kernel to count.
-ROOFLINE = [
-    ("mean, float32, target float32", "vector_kernel<WithLogits, float, float, false>", 12, max),
-    ("mean without gradient, float32", "vector_kernel<WithLogits, float, float, false>", 8, min),
-    ("mean, float32, target bool", "vector_kernel<WithLogits, float, bool, false>", 9, max),
-    ("mean, float32, target int64", "vector_kernel<WithLogits, float, int64, false>", 16, max),
-    ("mean, bfloat16, target bfloat16", "vector_kernel<WithLogits, bfloat16, bfloat16, false>", 6, max),
-    ("mean, bfloat16, target bool", "vector_kernel<WithLogits, bfloat16, bool, false>", 5, max),
-    ("mean, bfloat16, target float32", "vector_kernel<WithLogits, bfloat16, float, false>", 8, max),
-    ("mean, float64, target float64", "vector_kernel<WithLogits, double, double, false>", 24, max),
-    ("backward of none, float32 (the shortest way)", "vector_kernel<WithLogits, float, float, true>", 16, min),
-    ("three odd broadcasts, float32 (the longest way)", "vector_kernel<WithLogits, float, float, true>", 12, max),
-    ("BCELoss, mean, float32", "vector_kernel<Probabilities, float, float, false>", 12, max),
-    (
-        "smoothed or ignored targets, mean, float32 (the shortest way)",
-        "vector_kernel<WithLogits, float, float, true>",
-        12,
-        min,
-    ),
-    (
-        "ignored targets, mean, bfloat16, target uint8 (the shortest way)",
-        "vector_kernel<WithLogits, bfloat16, uint8, true>",
-        5,
-        min,
-    ),
-    ("focal, mean, float32 (the shortest way: gamma 2)", "vector_kernel<Focal, float, float, true>", 12, min),
-    (
-        "focal, mean, bfloat16, target bool (the shortest way: gamma 2)",
-        "vector_kernel<Focal, bfloat16, bool, true>",
-        5,
-        min,
-    ),
-    ("asymmetric, mean, float32 (the shortest way)", "vector_kernel<Asymmetric, float, float, true>", 12, min),
-    (
-        "asymmetric, mean, bfloat16, target bool (the shortest way)",
-        "vector_kernel<Asymmetric, bfloat16, bool, true>",
-        5,
-        min,
-    ),
-    ("number of elements that are not ignored, int64", "count_valid_kernel<int64>", 8, max),
-    ("scaling of the gradient, float32", "scale_kernel<float>", 8, max),
-]
-
-
-@dataclasses.dataclass
-class Instruction:
-    address: int
-    predicated: bool
-    opcode: str
-    operands: str
-
-    @property
-    def target(self) -> int | None:
-        """Where a branch goes."""
-        if self.opcode.split(".")[0] != "BRA" or self.opcode == "BRA.DIV":
-            return None
-        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
-        return int(match[1], 16) if match else None
-
-    @property
-    def slots(self) -> int:
-        return 2 if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", self.opcode) else 1
-
-    @property
-    def falls_through(self) -> bool:
-        """Whether the next instruction can follow. The condition of a branch is a predicate before it or an operand."""
-        conditional = self.predicated or re.match(r"!?U?P\d", self.operands) is not None
-        return conditional or self.opcode.split(".")[0] not in ("BRA", "EXIT", "RET")
-
 
 @dataclasses.dataclass
 class Kernel:
@@ -128,7 +52,7 @@ class Kernel:
     registers: int
     stack: int
     local: int
-    code: list[Instruction]
+    opcodes: list[str]
 
     @property
     def parameters(self) -> list[str]:
@@ -160,56 +84,17 @@ class Kernel:
     def vector_size(self) -> int:
         """Elements per thread at a time, as kVectorSize in vector_kernel.cuh."""
         if self.base == "vector_kernel":
-            weight_size = self.computed_size if self.parameters[3] == "true" else 1
-            return 16 // max(weight_size, *(SIZES[parameter] for parameter in self.parameters[1:3]))
+            return 16 // max(SIZES[parameter] for parameter in self.parameters[1:3])
         return 16 // SIZES[self.parameters[0]] if self.base in ("scale_kernel", "count_valid_kernel") else 1
 
     def has(self, opcode: str) -> bool:
-        return any(instruction.opcode.startswith(opcode) for instruction in self.code)
+        return any(name.startswith(opcode) for name in self.opcodes)
 
     def occupancy(self, arch: str) -> float:
         """The share of an SM's threads that the registers have room for; warps get them 256 at a time."""
         registers, threads, blocks = SM_LIMITS[arch]
         per_block = -(-self.registers // 8) * 8 * self.threads
         return min(registers // per_block, threads // self.threads, blocks) * self.threads / threads
-
-    def instructions_per_element(self, choose: Callable[..., float] = max) -> float:
-        """On the longest (with ``min``, the shortest) way once around the loop, through its first load of 16 bytes.
-
-        An instruction in float64 counts twice: on sm_90, which this is reported for, the units for it are half as wide.
-        """
-        load = next((i for i, instruction in enumerate(self.code) if instruction.opcode.startswith("LDG.E.128")), None)
-        if load is None:
-            return math.nan
-        never = -math.inf if choose is max else math.inf
-        by_address = {instruction.address: i for i, instruction in enumerate(self.code)}
-        followers: list[list[int]] = []
-        for i, instruction in enumerate(self.code):
-            after = [i + 1] if instruction.falls_through and i + 1 < len(self.code) else []
-            if instruction.target is not None:
-                after.append(by_address[instruction.target])
-            followers.append(after)
-
-        # After the load: the way forward from each instruction to the branch back to the head of the loop.
-        heads: dict[int, int] = {}
-        from_load = [never] * len(self.code)
-        reachable = {load}
-        for i in range(load, len(self.code)):
-            if i in reachable:
-                reachable.update(j for j in followers[i] if j > i)
-                heads.update((i, j) for j in followers[i] if j <= load)
-        for i in reversed(range(load, len(self.code))):
-            rest = (from_load[j] for j in followers[i] if j > i)
-            from_load[i] = self.code[i].slots + (0 if i in heads else choose(rest, default=never))
-
-        # Before it: the way from the head of the loop to the load, without the load.
-        head = min(heads.values())
-        to_load = [never] * load + [0.0]
-        for i in reversed(range(head, load)):
-            rest = (to_load[j] for j in followers[i] if i < j <= load)
-            to_load[i] = self.code[i].slots + choose(rest, default=never)
-        count: float = to_load[head] + from_load[load]
-        return count / self.vector_size
 
 
 @functools.cache
@@ -253,9 +138,7 @@ def read_kernels(library: pathlib.Path, arch: str | None = None) -> list[Kernel]
     sass = demangle(run("cuobjdump", *select, "-sass", str(library)))
     for function in re.split(r"\n\s*Function : ", sass)[1:]:
         name, _, body = function.partition("\n")
-        for address, predicate, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?(.+?)\s*;", body):
-            opcode, _, operands = text.partition(" ")
-            kernels[name].code.append(Instruction(int(address, 16), bool(predicate), opcode, operands))
+        kernels[name].opcodes += re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", body)
     return list(kernels.values())
 
 
@@ -286,37 +169,15 @@ def operators_without_cuda() -> list[str]:
 
 
 def make_table(kernels: dict[str, list[Kernel]]) -> str:
-    """Registers per thread and occupancy on every architecture; the instructions per element of sm_90."""
+    """Registers per thread and occupancy on every architecture."""
     rows: dict[str, dict[str, Kernel]] = {}
     for arch, of_arch in kernels.items():
         for kernel in of_arch:
             rows.setdefault(kernel.title, {})[arch] = kernel
-    lines = ["| kernel | " + " | ".join(kernels) + " | instructions per element |", "|---" * (len(kernels) + 2) + "|"]
+    lines = ["| kernel | " + " | ".join(kernels) + " |", "|---" * (len(kernels) + 1) + "|"]
     for title in sorted(rows):
-        cells = []
-        for arch in kernels:
-            kernel = rows[title][arch]
-            cells.append(f"{kernel.registers} ({kernel.occupancy(arch):.0%})")
-        least, most = (rows[title]["sm_90"].instructions_per_element(choose) for choose in (min, max))
-        cells.append("" if math.isnan(most) else f"{least:.0f} to {most:.0f}")
+        cells = [f"{rows[title][arch].registers} ({rows[title][arch].occupancy(arch):.0%})" for arch in kernels]
         lines.append(f"| `{title}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def make_roofline(kernels: list[Kernel]) -> str:
-    """The time that the slower of memory and instruction issue takes, predicted for an H100."""
-    by_title = {kernel.title: kernel for kernel in kernels}
-    lines = [
-        "| path | bytes per element | instructions per element | 2^24 elements | 2^28 elements | limit |",
-        "|---|---|---|---|---|---|",
-    ]
-    for path, title, size, choose in ROOFLINE:
-        instructions = by_title[title].instructions_per_element(choose)
-        moving, issuing = size / H100_BYTES_PER_SECOND, instructions / H100_INSTRUCTIONS_PER_SECOND
-        times = [f"{max(moving, issuing) * 2**power * 1e6:.0f} us" for power in (24, 28)]
-        share = moving / max(moving, issuing)
-        limit = "memory" if share == 1 else f"instruction issue, at {share:.0%} of the bandwidth"
-        lines.append(f"| {path} | {size} | {instructions:.0f} | {' | '.join(times)} | {limit} |")
     return "\n".join(lines)
 
 
@@ -347,11 +208,10 @@ def main() -> int:
             failures.append(f"{arch}: no kernels")
         failures += [f"{arch}: {kernel.title}: {violation}" for kernel in of_arch for violation in violations(kernel)]
     if not failures:
-        sections = {"registers": make_table(kernels), "roofline": make_roofline(kernels["sm_90"])}
-        print(*sections.values(), sep="\n\n")
+        table = make_table(kernels)
+        print(table)
         if arguments.write:
-            for name, content in sections.items():
-                write_section(arguments.write, name, content)
+            write_section(arguments.write, "registers", table)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     if not failures:

@@ -71,11 +71,10 @@ def test_missing_vector_accesses_are_found(kernels: dict[str, check_cubins.Kerne
     assert any("STG.E.128" in violation for violation in found)
 
 
-def test_a_good_kernel_passes_and_its_loop_is_counted(kernels: dict[str, check_cubins.Kernel]) -> None:
+def test_a_good_kernel_passes(kernels: dict[str, check_cubins.Kernel]) -> None:
     kernel = kernels["scale_kernel"]
     assert check_cubins.violations(kernel) == []
     assert kernel.title == "scale_kernel<float>"
-    assert 9 / 4 <= kernel.instructions_per_element() <= 20 / 4
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ inline double __shfl_down_sync(unsigned int mask, double value, int offset) {
   return shim::machine.shuffle_down(value, offset);
 }
 
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t(a) * b) >> 32); }
+
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
 }

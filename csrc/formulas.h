@@ -107,19 +107,25 @@ struct Leaning {
   T minor;
 };
 
+// The product of N shares, in pairs.
+template <int N, typename T>
+BCE_EXT_HOST_DEVICE Share<T> product_of_shares(const Leaning<T>* leaning) {
+  if constexpr (N == 1) {
+    return leaning->share;
+  } else {
+    return product_of_shares<N / 2>(leaning).of(product_of_shares<N - N / 2>(leaning + N / 2));
+  }
+}
+
 // The sum of the losses of N such targets: one logarithm for the product of the shares, by which few places are lost,
 // and one for each soft label, of which there are none where kHard says so. Not valid where a logarithm may be bounded.
 template <bool kHard, typename T, int N>
 BCE_EXT_HOST_DEVICE math::Condition<T> sum_leaning(const Leaning<T> (&leaning)[N], T& sum) {
   // Of what is larger, no logarithm is bounded, not even where it is the product of N.
   const T none = T(0), least = math::power_of_two<math::Scalar<T>>(-90);
-  Share<T> shares[N];
-  for (int k = 0; k < N; ++k) shares[k] = leaning[k].share;
-  for (int step = 1; step < N; step *= 2) {
-    for (int k = 0; k + step < N; k += 2 * step) shares[k] = shares[k].of(shares[k + step]);
-  }
-  math::Condition<T> is_unbounded = shares[0].own > least;
-  sum = -math::log_by_complement(shares[0].own, shares[0].complement);
+  const Share<T> product = product_of_shares<N>(leaning);
+  math::Condition<T> is_unbounded = product.own > least;
+  sum = -math::log_by_complement(product.own, product.complement);
   for (const auto& [share, minor] : leaning) {
     if constexpr (kHard) break;
     const math::Condition<T> is_hard = minor == none;

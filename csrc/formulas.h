@@ -6,7 +6,7 @@
 // stages because a loop over each of them is faster on a CPU than one loop over both: it overlaps more elements. Where
 // w or p is known to be 1 it may be One.
 //
-// A formula with two logarithms has a form of its own for targets that are 0 or 1, which need one of them:
+// A formula whose terms are simpler for targets that are 0 or 1 has a form of its own for them:
 // first_stage_of_hard(x, y) and evaluate_hard(x, y, w, p, scale, first_stage_of_hard(x, y)), without the derivative
 // with respect to the target. has_hard_form() says whether it serves.
 //
@@ -199,6 +199,17 @@ struct Probabilities {
   }
 };
 
+// The value of a hard label, times the pos_weight of a positive one.
+template <typename T>
+BCE_EXT_HOST_DEVICE T times_of_positive(One, math::Condition<T>, T value) {
+  return value;
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T times_of_positive(T pos_weight, math::Condition<T> is_positive, T value) {
+  return math::select(is_positive, pos_weight * value, value);
+}
+
 // u^gamma and u^(gamma-1).
 template <typename T>
 struct Focus {
@@ -240,7 +251,7 @@ template <typename Scalar>
 struct Focal {
   static constexpr bool kJoinsLogarithms = false;
   static constexpr bool kTakesProbabilities = false;
-  static constexpr bool kHasHardForm = false;
+  static constexpr bool kHasHardForm = true;
   static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
@@ -281,6 +292,42 @@ struct Focal {
     return terms;
   }
 
+  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
+
+  template <bool kRough = false, typename T>
+  BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {
+    return first_stage<kRough>(x);
+  }
+
+  // A label of 0 or 1, by the logit t that speaks against it, x or -x, with A its alpha. With u = sigmoid(t):
+  //   loss = w * A * softplus(t) * u^gamma
+  //   dloss/dt = w * A * u^gamma * (u + gamma * softplus(t) * (1-u))
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const math::Condition<T> is_positive = y == T(1);
+    const T against = math::select(is_positive, -x, x);
+    const math::Condition<T> below = math::is_negative(against);
+    const T smaller = math::divide(e, T(1) + e);
+    const T larger = T(1) - smaller;
+    const T u = math::select(below, smaller, larger);
+    const T rest = math::select(below, larger, smaller);
+    const T entropy = math::at_least(T(0), against) + math::log1p_of_unit(e);
+    const T alpha = math::select(is_positive, T(alpha_positive), T(alpha_negative));
+    const T power = is_small_integer(gamma) ? focus_of_integer(u, gamma).power : focus_by_power(u, T(gamma)).power;
+    const T weight = times_of_positive(p, is_positive, alpha) * power;
+    // At an infinite logit u is 1, and the rest is 0.
+    const T slope = weight * (u + T(gamma) * math::at_most(T(math::Format<T>::kLargest), entropy) * rest);
+
+    Terms<T> terms;
+    terms.loss = math::weighted(weight, entropy);
+    terms.summand = weight * entropy;
+    terms.grad_input = math::select(is_positive, -slope, slope);
+    terms.grad_target = T(0);
+    apply_weight(terms, w, scale);
+    return terms;
+  }
+
+ private:
   Scalar gamma;
   Scalar alpha_positive, alpha_negative;
 };
@@ -381,10 +428,8 @@ struct Asymmetric {
     terms.loss = -log_own * focused.power;
     terms.grad_input = math::select(label.is_positive, -slope, slope);
     terms.grad_target = T(0);
-    if constexpr (kIsGiven<PosWeight>) {
-      terms.loss = math::select(label.is_positive, p * terms.loss, terms.loss);
-      terms.grad_input = math::select(label.is_positive, p * terms.grad_input, terms.grad_input);
-    }
+    terms.loss = times_of_positive(p, label.is_positive, terms.loss);
+    terms.grad_input = times_of_positive(p, label.is_positive, terms.grad_input);
     terms.summand = terms.loss;
     apply_weight(terms, w, scale);
     return terms;

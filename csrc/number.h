@@ -37,6 +37,7 @@ struct FloatFormat<float> {
   static constexpr float kLn2High = 0.693145752f;     // few enough bits for n * kLn2High to be exact
   static constexpr float kLn2Low = 1.42860677e-6f;
   static constexpr float kSmallestNormal = std::numeric_limits<float>::min();
+  static constexpr float kLargest = std::numeric_limits<float>::max();
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr float kExpCutoff = 110.0f;  // exp(-110) rounds to 0
 };
@@ -54,6 +55,7 @@ struct FloatFormat<double> {
   static constexpr double kLn2High = 0.69314718036912382;
   static constexpr double kLn2Low = 1.9082149292705877e-10;
   static constexpr double kSmallestNormal = std::numeric_limits<double>::min();
+  static constexpr double kLargest = std::numeric_limits<double>::max();
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
   static constexpr double kExpCutoff = 750.0;
 };

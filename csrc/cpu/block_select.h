@@ -9,13 +9,22 @@ namespace bce_ext {
 namespace BCE_EXT_ISA {
 namespace {
 
+template <typename T, typename Formula, int kGradient, bool kHasWeight, bool kHasPosWeight, Labels kLabels>
+BCE_EXT_TARGET Compute<T> select_sum() {
+  if constexpr (Formula::kGradInputIsOneStage && !kHasWeight && kLabels != Labels::Adjusted) {
+    return compute_leaning<T, Formula, kGradient, kLabels>;
+  } else {
+    return compute<T, Formula, kSum | kGradient, kHasWeight, kHasPosWeight, kLabels>;
+  }
+}
+
 template <typename T, typename Formula, bool kHasWeight, bool kHasPosWeight, Labels kLabels>
 BCE_EXT_TARGET Compute<T> select_wanted(int wanted) {
   switch (wanted) {
     case kSum:
-      return compute<T, Formula, kSum, kHasWeight, kHasPosWeight, kLabels>;
+      return select_sum<T, Formula, 0, kHasWeight, kHasPosWeight, kLabels>();
     case kSum | kGradInput:
-      return compute<T, Formula, kSum | kGradInput, kHasWeight, kHasPosWeight, kLabels>;
+      return select_sum<T, Formula, kGradInput, kHasWeight, kHasPosWeight, kLabels>();
     case kLoss:
       return compute<T, Formula, kLoss, kHasWeight, kHasPosWeight, kLabels>;
     case kGradInput:
@@ -47,9 +56,9 @@ template <typename T, typename Formula, bool kHasWeight>
 BCE_EXT_TARGET Compute<T> select_hard(int wanted) {
   switch (wanted) {
     case kSum:
-      return compute<T, Formula, kSum, kHasWeight, false, Labels::Hard>;
+      return select_sum<T, Formula, 0, kHasWeight, false, Labels::Hard>();
     case kSum | kGradInput:
-      return compute<T, Formula, kSum | kGradInput, kHasWeight, false, Labels::Hard>;
+      return select_sum<T, Formula, kGradInput, kHasWeight, false, Labels::Hard>();
     case kLoss:
       return compute<T, Formula, kLoss, kHasWeight, false, Labels::Hard>;
     case kLoss | kGradInput:
@@ -115,10 +124,6 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
   if constexpr (Formula::kJoinsLogarithms || Formula::kTakesProbabilities) {
     if (needs.weight) return select_wanted<T, Formula, true, false, Labels::Any>(wanted);
   }
-  if constexpr (Formula::kGradInputIsOneStage) {
-    if (wanted == kSum) return compute_leaning<T, Formula, 0, Labels::Any>;
-    if (wanted == (kSum | kGradInput)) return compute_leaning<T, Formula, kGradInput, Labels::Any>;
-  }
   return select_wanted<T, Formula, false, false, Labels::Any>(wanted);
 }
 
@@ -130,8 +135,6 @@ BCE_EXT_TARGET Compute<T> select_compute_of_hard(int wanted, const Needs& needs,
     if (!serves || (wanted & kGradTarget) != 0 || takes_everything<Formula>(needs)) return nullptr;
     if constexpr (Formula::kTakesProbabilities) {
       if (needs.weight) return select_hard<T, Formula, true>(wanted);
-      if (wanted == kSum) return compute_leaning<T, Formula, 0, Labels::Hard>;
-      if (wanted == (kSum | kGradInput)) return compute_leaning<T, Formula, kGradInput, Labels::Hard>;
     }
     return select_hard<T, Formula, false>(wanted);
   }

@@ -290,7 +290,7 @@ class VectorPass {
 };
 
 // Blocks that an SM must have room for: a thread has up to 64 registers, or 128 in float64, enough to keep out of local
-// memory. The asymmetric loss, and eight probabilities at a time, take more.
+// memory. The losses with a form for hard labels, and eight probabilities at a time, take more.
 template <typename Formula, typename Input, bool kWeighted>
 constexpr int kMinBlocks = (sizeof(Input) == 8 ? 2 : 4) -
                            (Formula::kTakesProbabilities ? !kWeighted && sizeof(Input) == 2 : Formula::kHasHardForm);

@@ -78,7 +78,7 @@ Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& lo
   return at::where(is_hard, of_hard, at::pow(at::where(is_hard, 1, (1 - y) * a + y * b), gamma));
 }
 
-// The focal loss of formulas.h.
+// The focal loss of formulas/focal.h.
 Tensor focal(const Arguments& arguments, const Operands& operands) {
   const double alpha = arguments.parameter(0);
   const Tensor gamma = at::scalar_tensor(arguments.parameter(1), operands.input.options());
@@ -92,7 +92,7 @@ Tensor focal(const Arguments& arguments, const Operands& operands) {
   return limit_product(factor, cross_entropy(operands));
 }
 
-// The asymmetric loss of formulas.h.
+// The asymmetric loss of formulas/asymmetric.h.
 Tensor asymmetric(const Arguments& arguments, const Operands& operands) {
   const double gamma_neg = arguments.parameter(0), gamma_pos = arguments.parameter(1);
   const double clip = arguments.parameter(2), eps = arguments.parameter(3);

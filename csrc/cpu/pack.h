@@ -1,4 +1,4 @@
-// Several numbers in vector registers, with the operators that elementary.h and formulas.h are written in.
+// Several numbers in vector registers, with the operators that elementary.h and formulas are written in.
 //
 // A pack is wider than one register. Each operation is then that many independent instructions, one after another,
 // which a processor can work on while it waits for results: it looks ahead over a limited number of instructions, and a

@@ -248,7 +248,7 @@ class VectorPass {
     return kJoins ? sum + math::log1p_of_nonnegative(excess) : sum;
   }
 
-  // See sum_leaning of formulas.h.
+  // See sum_leaning of formulas/probabilities.h.
   __device__ __forceinline__ bool sum_leaning(const Elements& elements, C& sum) const {
     Leaning<C> leaning[N];
     bool is_hard = true;

@@ -5,7 +5,9 @@ template <typename Int>
 bool is_exact() {
   std::mt19937_64 random(0);
   constexpr int kBits = 8 * sizeof(Int) - 1;
-  const auto number = [&] { return static_cast<Int>((random() >> (64 - kBits)) >> (random() % kBits)); };  // of every magnitude
+  const auto number = [&] {
+    return static_cast<Int>((random() >> (64 - kBits)) >> (random() % kBits));
+  };  // of every magnitude
   constexpr Int kLargest = std::numeric_limits<Int>::max();
   for (int i = 0; i < 200000; ++i) {
     const Int d = i < 1000 ? i + 1 : i == 1000 ? kLargest : std::max<Int>(number(), 1);

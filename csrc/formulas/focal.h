@@ -1,0 +1,102 @@
+// Focal loss.
+#pragma once
+
+#include "cross_entropy.h"
+#include "focus.h"
+
+namespace bce_ext {
+
+// Focal loss of a logit x against a target y, with weight w and pos_weight p, as torchvision defines it:
+//   c    = (1-y) * softplus(x) + p*y * softplus(-x)
+//   u    = (1-y) * sigmoid(x) + y * sigmoid(-x)           the probability that the other class gets
+//   A    = alpha * y + (1-alpha) * (1-y), or 1 where alpha is negative
+//   loss = w * A * c * u^gamma
+//   dloss/dx = w * A * [dc/dx * u^gamma + gamma * c * u^(gamma-1) * (1-2y) * sigmoid(x) * sigmoid(-x)]
+//   dloss/dy = w * [(2*alpha-1) * c * u^gamma + A * (dc/dy * u^gamma + gamma * c * u^(gamma-1) * du/dy)]
+//   du/dy    = sigmoid(-x) - sigmoid(x)
+template <typename Scalar>
+struct Focal {
+  static constexpr bool kJoinsLogarithms = false;
+  static constexpr bool kTakesProbabilities = false;
+  static constexpr bool kHasHardForm = true;
+  static constexpr bool kGradInputIsOneStage = false;
+
+  BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
+      : gamma(static_cast<Scalar>(parameters[1])),
+        alpha_positive(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : parameters[0])),
+        alpha_negative(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])) {}
+
+  template <bool kRough = false, typename T>
+  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
+    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
+  }
+
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const CrossEntropy<T> entropy(x, y, p, e);
+    const math::Condition<T> below = math::is_negative(x);
+    const T larger = T(1) - entropy.smaller;
+    const T negative = T(1) - y;
+    const T u = math::select(below, negative, y) * entropy.smaller + math::select(below, y, negative) * larger;
+    const Focus<T> focused = is_small_integer(gamma) ? focus_of_integer(u, gamma) : focus_by_power(u, T(gamma));
+    const T alpha = y * T(alpha_positive) + negative * T(alpha_negative);
+    const T slope_of_power = T(gamma) * focused.previous;
+    const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
+    // The powers of u come together before anything multiplies them: u^(gamma-1) * u may be large where u * c
+    // underflows.
+    const T by_input = math::weighted(slope_of_power * product * (T(1) - (y + y)), entropy.loss);
+    const T by_share = slope_of_power * math::with_sign_of(entropy.smaller - larger, x);
+
+    Terms<T> terms;
+    terms.loss = math::weighted(alpha * focused.power, entropy.loss);
+    // Of the guarded loss, as by_input is: without a gradient a compiler would round the other one in another place.
+    terms.summand = alpha * focused.power * entropy.loss;
+    terms.grad_input = alpha * (entropy.grad_input * focused.power + by_input);
+    terms.grad_target =
+        math::weighted(T(alpha_positive - alpha_negative) * focused.power + alpha * by_share, entropy.loss) +
+        math::weighted(alpha * focused.power, entropy.grad_target);
+    apply_weight(terms, w, scale);
+    return terms;
+  }
+
+  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
+
+  template <bool kRough = false, typename T>
+  BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {
+    return first_stage<kRough>(x);
+  }
+
+  // A label of 0 or 1, by the logit t that speaks against it, x or -x, with A its alpha. With u = sigmoid(t):
+  //   loss = w * A * softplus(t) * u^gamma
+  //   dloss/dt = w * A * u^gamma * (u + gamma * softplus(t) * (1-u))
+  template <typename T, typename Weight, typename PosWeight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, PosWeight p, T scale, T e) const {
+    const math::Condition<T> is_positive = y == T(1);
+    const T against = math::select(is_positive, -x, x);
+    const math::Condition<T> below = math::is_negative(against);
+    const T smaller = math::divide(e, T(1) + e);
+    const T larger = T(1) - smaller;
+    const T u = math::select(below, smaller, larger);
+    const T rest = math::select(below, larger, smaller);
+    const T entropy = math::at_least(T(0), against) + math::log1p_of_unit(e);
+    const T alpha = math::select(is_positive, T(alpha_positive), T(alpha_negative));
+    const T power = is_small_integer(gamma) ? focus_of_integer(u, gamma).power : focus_by_power(u, T(gamma)).power;
+    const T weight = times_of_positive(p, is_positive, alpha) * power;
+    // At an infinite logit u is 1, and the rest is 0.
+    const T slope = weight * (u + T(gamma) * math::at_most(T(math::Format<T>::kLargest), entropy) * rest);
+
+    Terms<T> terms;
+    terms.loss = math::weighted(weight, entropy);
+    terms.summand = weight * entropy;
+    terms.grad_input = math::select(is_positive, -slope, slope);
+    terms.grad_target = T(0);
+    apply_weight(terms, w, scale);
+    return terms;
+  }
+
+ private:
+  Scalar gamma;
+  Scalar alpha_positive, alpha_negative;
+};
+
+}  // namespace bce_ext

@@ -1,0 +1,49 @@
+// What focal and asymmetric loss share: powers of the share of the other class.
+#pragma once
+
+#include "../elementary.h"
+#include "../terms.h"
+
+namespace bce_ext {
+
+// The value of a hard label, times the pos_weight of a positive one.
+template <typename T>
+BCE_EXT_HOST_DEVICE T times_of_positive(One, math::Condition<T>, T value) {
+  return value;
+}
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T times_of_positive(T pos_weight, math::Condition<T> is_positive, T value) {
+  return math::select(is_positive, pos_weight * value, value);
+}
+
+// u^gamma and u^(gamma-1).
+template <typename T>
+struct Focus {
+  T power, previous;
+};
+
+// Whether powers of it are products of a few factors.
+template <typename Scalar>
+BCE_EXT_HOST_DEVICE bool is_small_integer(Scalar gamma) {
+  return gamma == Scalar(0) || gamma == Scalar(1) || gamma == Scalar(2) || gamma == Scalar(3) || gamma == Scalar(4);
+}
+
+template <typename T, typename Scalar>
+BCE_EXT_HOST_DEVICE Focus<T> focus_of_integer(T u, Scalar gamma) {
+  if (gamma == Scalar(0)) return {T(1), T(0)};
+  if (gamma == Scalar(1)) return {u, T(1)};
+  if (gamma == Scalar(2)) return {u * u, u};
+  const T square = u * u;
+  if (gamma == Scalar(3)) return {square * u, square};
+  return {square * square, square * u};
+}
+
+// For any exponent. u^(gamma-1) is 0 where u is.
+template <typename T>
+BCE_EXT_HOST_DEVICE Focus<T> focus_by_power(T u, T gamma) {
+  const T power = math::power(u, gamma);
+  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), u))};
+}
+
+}  // namespace bce_ext

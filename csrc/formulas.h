@@ -7,8 +7,8 @@
 // w or p is known to be 1 it may be One. first_stage<true>(x) is rougher, for inputs of half precision.
 //
 // A formula whose terms are simpler for targets that are 0 or 1 has a form of its own for them:
-// first_stage_of_hard(x, y) and evaluate_hard(x, y, w, p, scale, first_stage_of_hard(x, y)), without the derivative
-// with respect to the target. has_hard_form() says whether it serves.
+// first_stage_of_hard(x, y) and evaluate_hard(x, y, w, One, scale, first_stage_of_hard(x, y)), without pos_weight and
+// the derivative with respect to the target. has_hard_form() says whether it serves.
 //
 // grad_input does not depend on the first stage where kGradInputIsOneStage says so. Losses of the same weight may then
 // be added by lean(x, y), whose logarithms are joined.

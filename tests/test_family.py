@@ -202,6 +202,21 @@ def test_gradients_are_finite_at_every_logit(loss: Member, dtype: torch.dtype, p
     assert not bad.any(), f"{gradient[bad].tolist()} at {input[bad].tolist()}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@every_focused
+def test_hard_labels_at_the_largest_logits(loss: Member, label: float, dtype: torch.dtype, device: str) -> None:
+    """Hard labels have a form of their own, in which an infinite entropy meets a probability of 0. 65: vectors, and one element that is left."""
+    target = torch.full((65,), label, dtype=dtype, device=device)
+    for sign in (-1, 1):
+        saturated = one_pass(loss, torch.full_like(target, sign * 2000.0), target, reduction="none")[1]
+        assert saturated.isfinite().all()
+        for largest in (torch.finfo(dtype).max, torch.inf):
+            input = torch.full_like(target, sign * largest)
+            for reduction in ("none", "sum"):
+                assert torch.equal(one_pass(loss, input, target, reduction=reduction)[1], saturated)
+
+
 def test_a_small_alpha_keeps_its_digits(device: str) -> None:
     input, target = FOCAL[0].make_input((101,), torch.float32, device), torch.ones(101, device=device)
     for alpha in (1e-8, 1e-3, 1 - 1e-6):

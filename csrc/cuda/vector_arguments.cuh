@@ -55,7 +55,8 @@ struct VectorArguments {
         wanted(wanted_of(problem)),
         numel(problem.numel) {
     if constexpr (Formula::kHasHardForm) {
-      takes_hard_form = formula.has_hard_form() && problem.label_smoothing == 0.0;
+      takes_hard_form =
+          formula.has_hard_form() && problem.label_smoothing == 0.0 && problem.pos_weight.layout == Layout::Absent;
     }
   }
 

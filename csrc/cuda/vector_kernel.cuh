@@ -71,7 +71,7 @@ class VectorPass {
 
   // One element, wherever it lies. Returns its loss.
   __device__ __forceinline__ C element(int64_t index) {
-    C w = weight_, p = pos_weight_;
+    [[maybe_unused]] C w = weight_, p = pos_weight_;
     if constexpr (kWeighted) {
       w *= factor_at<Input, C>(arguments_.weight, index) * factor_at<Input, C>(arguments_.grad_output, index);
       p *= factor_at<Input, C>(arguments_.pos_weight, index);
@@ -79,8 +79,13 @@ class VectorPass {
     const C x = to_compute<C>(static_cast<const Input*>(arguments_.input)[index]);
     const C y = to_compute<C>(static_cast<const Target*>(arguments_.target)[index]);
     check(x, y);
-    const Terms<C> terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, w, p, scale_,
-                                            arguments_.formula.template first_stage<kRough>(x));
+    Terms<C> terms;
+    if constexpr (kWeighted) {
+      terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, w, p, scale_,
+                               arguments_.formula.template first_stage<kRough>(x));
+    } else {
+      terms = terms_of<Labels::Any>(x, y, One{}, One{});
+    }
     const C loss[1] = {terms.loss}, grad_input[1] = {terms.grad_input}, grad_target[1] = {terms.grad_target};
     store_losses(index, loss);
     store_grad_input(index, grad_input);
@@ -122,7 +127,7 @@ class VectorPass {
   __device__ __forceinline__ Terms<C> terms_of(C x, C y, Weight w, PosWeight p) const {
     const Formula& formula = arguments_.formula;
     if constexpr (kLabels == Labels::Hard) {
-      return formula.evaluate_hard(x, y, w, p, scale_, formula.template first_stage_of_hard<kRough>(x, y));
+      return formula.evaluate_hard(x, y, w, One{}, scale_, formula.template first_stage_of_hard<kRough>(x, y));
     } else {
       return formula.evaluate(x, y, w, p, scale_, formula.template first_stage<kRough>(x));
     }

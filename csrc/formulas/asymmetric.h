@@ -88,8 +88,8 @@ struct Asymmetric {
     return math::divide(e, T(1) + e);
   }
 
-  template <typename T, typename Weight, typename PosWeight>
-  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, PosWeight p, T scale, T smaller) const {
+  template <typename T, typename Weight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, One, T scale, T smaller) const {
     const HardLabel<T> label(*this, x, y, smaller);
     const T log_own = math::log_by_complement(label.own, label.complement);
     const Focus<T> focused = focus_of_hard(label.u, label.is_positive);
@@ -101,8 +101,6 @@ struct Asymmetric {
     terms.loss = -log_own * focused.power;
     terms.grad_input = math::select(label.is_positive, -slope, slope);
     terms.grad_target = T(0);
-    terms.loss = times_of_positive(p, label.is_positive, terms.loss);
-    terms.grad_input = times_of_positive(p, label.is_positive, terms.grad_input);
     terms.summand = terms.loss;
     apply_weight(terms, w, scale);
     return terms;

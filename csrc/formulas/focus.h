@@ -6,17 +6,6 @@
 
 namespace bce_ext {
 
-// The value of a hard label, times the pos_weight of a positive one.
-template <typename T>
-BCE_EXT_HOST_DEVICE T times_of_positive(One, math::Condition<T>, T value) {
-  return value;
-}
-
-template <typename T>
-BCE_EXT_HOST_DEVICE T times_of_positive(T pos_weight, math::Condition<T> is_positive, T value) {
-  return math::select(is_positive, pos_weight * value, value);
-}
-
 // u^gamma and u^(gamma-1).
 template <typename T>
 struct Focus {

@@ -106,8 +106,8 @@ struct Probabilities {
             math::select(is_positive, T(1) - y, y)};
   }
 
-  template <typename T, typename Weight, typename PosWeight>
-  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T q, T y, Weight w, PosWeight, T scale, T bounded_log) const {
+  template <typename T, typename Weight>
+  BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T q, T y, Weight w, One, T scale, T bounded_log) const {
     const T variance = (T(1) - q) * q;
     Terms<T> terms;
     terms.loss = -bounded_log;

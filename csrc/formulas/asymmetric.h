@@ -12,11 +12,8 @@ namespace bce_ext {
 //   loss = w * L * u^g  with  g = gamma_pos * y + gamma_neg * (1-y)
 // Gradients have no part through u where focusing is detached; that of a bounded part is 0.
 template <typename Scalar>
-struct Asymmetric {
-  static constexpr bool kJoinsLogarithms = false;
-  static constexpr bool kTakesProbabilities = false;
+struct Asymmetric : FormulaOfLogit {
   static constexpr bool kHasHardForm = true;
-  static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Asymmetric(const double* parameters)
       : gamma_neg(static_cast<Scalar>(parameters[0])),
@@ -25,11 +22,6 @@ struct Asymmetric {
         eps(static_cast<Scalar>(parameters[3])),
         attached(static_cast<Scalar>(parameters[4] == 0)),
         has_integers(is_small_integer(gamma_neg) && is_small_integer(gamma_pos)) {}
-
-  template <bool kRough = false, typename T>
-  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
-  }
 
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {

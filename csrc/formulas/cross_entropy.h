@@ -1,8 +1,7 @@
 // Binary cross entropy of a logit.
 #pragma once
 
-#include "../elementary.h"
-#include "../terms.h"
+#include "formula.h"
 
 namespace bce_ext {
 
@@ -49,18 +48,10 @@ struct CrossEntropy {
 // Binary cross entropy of a logit x against a target y, with weight w and pos_weight p:
 //   loss = w * [(1-y) * softplus(x) + p*y * softplus(-x)]
 template <typename Scalar>
-struct WithLogits {
-  static constexpr bool kJoinsLogarithms = true;  // losses without weights are their summand + log1p(first_stage)
-  static constexpr bool kTakesProbabilities = false;
-  static constexpr bool kHasHardForm = false;
-  static constexpr bool kGradInputIsOneStage = false;
+struct WithLogits : FormulaOfLogit {
+  static constexpr bool kJoinsLogarithms = true;
 
   BCE_EXT_HOST_DEVICE explicit WithLogits(const double*) {}
-
-  template <bool kRough = false, typename T>
-  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
-  }
 
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {

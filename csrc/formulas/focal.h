@@ -15,21 +15,13 @@ namespace bce_ext {
 //   dloss/dy = w * [(2*alpha-1) * c * u^gamma + A * (dc/dy * u^gamma + gamma * c * u^(gamma-1) * du/dy)]
 //   du/dy    = sigmoid(-x) - sigmoid(x)
 template <typename Scalar>
-struct Focal {
-  static constexpr bool kJoinsLogarithms = false;
-  static constexpr bool kTakesProbabilities = false;
+struct Focal : FormulaOfLogit {
   static constexpr bool kHasHardForm = true;
-  static constexpr bool kGradInputIsOneStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
       : gamma(static_cast<Scalar>(parameters[1])),
         alpha_positive(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : parameters[0])),
         alpha_negative(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])) {}
-
-  template <bool kRough = false, typename T>
-  BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
-  }
 
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {

@@ -1,8 +1,7 @@
 // What focal and asymmetric loss share: powers of the share of the other class.
 #pragma once
 
-#include "../elementary.h"
-#include "../terms.h"
+#include "formula.h"
 
 namespace bce_ext {
 

@@ -1,8 +1,7 @@
 // Binary cross entropy of a probability.
 #pragma once
 
-#include "../elementary.h"
-#include "../terms.h"
+#include "formula.h"
 
 namespace bce_ext {
 
@@ -62,8 +61,7 @@ BCE_EXT_HOST_DEVICE math::Condition<T> sum_leaning(const Leaning<T> (&leaning)[N
 //   dloss/dq   = w * (q - y) / max(q * (1-q), 1e-12)
 //   dloss/dy   = w * [log(1-q) - log(q)]
 template <typename Scalar>
-struct Probabilities {
-  static constexpr bool kJoinsLogarithms = false;
+struct Probabilities : FormulaDefaults {
   static constexpr bool kTakesProbabilities = true;
   static constexpr bool kHasHardForm = true;
   static constexpr bool kGradInputIsOneStage = true;

@@ -55,14 +55,17 @@ struct TargetRule {
         ignore_index(problem.ignores ? static_cast<Scalar>(problem.ignore_index)
                                      : std::numeric_limits<Scalar>::quiet_NaN()) {}
 
-  // Clears the terms of an element whose target is ignored.
+  BCE_EXT_HOST_DEVICE bool ignores() const { return ignore_index == ignore_index; }
+
   template <typename T>
-  BCE_EXT_HOST_DEVICE void clear_ignored(T y, Terms<T>& terms) const {
-    const math::Condition<T> ignored = y == T(ignore_index);
-    terms.loss = math::select(ignored, T(0), terms.loss);
-    terms.summand = math::select(ignored, T(0), terms.summand);
-    terms.grad_input = math::select(ignored, T(0), terms.grad_input);
-    terms.grad_target = math::select(ignored, T(0), terms.grad_target);
+  BCE_EXT_HOST_DEVICE T smoothed(T y) const {
+    return y * slope + offset;
+  }
+
+  // A term of an element with target y: 0 where that is ignored.
+  template <typename T>
+  BCE_EXT_HOST_DEVICE T unless_ignored(T y, T term) const {
+    return math::select(y == T(ignore_index), T(0), term);
   }
 
   Scalar slope, offset, ignore_index;
@@ -72,9 +75,11 @@ struct TargetRule {
 template <typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
 BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
                                               Weight w, PosWeight p, T scale, T first) {
-  Terms<T> terms = formula.evaluate(x, y * rule.slope + rule.offset, w, p, scale, first);
-  terms.grad_target = terms.grad_target * rule.slope;
-  rule.clear_ignored(y, terms);
+  Terms<T> terms = formula.evaluate(x, rule.smoothed(y), w, p, scale, first);
+  terms.loss = rule.unless_ignored(y, terms.loss);
+  terms.summand = rule.unless_ignored(y, terms.summand);
+  terms.grad_input = rule.unless_ignored(y, terms.grad_input);
+  terms.grad_target = rule.unless_ignored(y, terms.grad_target * rule.slope);
   return terms;
 }
 

@@ -73,7 +73,7 @@ def test_nothing_is_cast(loss: Loss, requires_grad: bool, device: str) -> None:
     names = {event.key for event in profiler.key_averages()}
     assert not names & {"aten::to", "aten::_to_copy", "aten::copy_"}, names
     allocated = sum(max(event.self_device_memory_usage, event.self_cpu_memory_usage, 0) for event in profiler.events())
-    sums = 8 * 2048  # on a GPU, one for each block at most
+    sums = 8 * 2048 if device == "cuda" else 4096  # on a GPU, one for each block at most
     assert allocated <= 2 * rows * classes * requires_grad + sums
 
 

@@ -237,10 +237,11 @@ def test_export(strict: bool, device: str) -> None:
 @needs_compiler
 @pytest.mark.xfail(
     torch.__version__.startswith("2.11."),
-    reason="seen with torch 2.11: the loaded model returns float64, and on CUDA loading it ends the process",
-    run=not torch.cuda.is_available(),
+    reason="seen with torch 2.11: the loaded model returns float64",
 )
 def test_aot_inductor(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.__version__.startswith("2.11."):
+        pytest.xfail("seen with torch 2.11: loading the model on CUDA ends the process")
     model = Model().to(device)
     batch = torch.export.Dim("batch", min=2, max=4096)
     input, target, _ = make_batch(functional, 5, device)

@@ -18,8 +18,7 @@ struct Numbers {
       : normalizer(problem.normalizer.data),
         normalizer_dtype(problem.normalizer.dtype),
         scale(static_cast<C>(1.0 / problem.divisor)),
-        rule(problem),
-        ignores(problem.ignores) {}
+        rule(problem) {}
 
   // Of the gradients.
   __device__ __forceinline__ C full_scale() const {
@@ -30,7 +29,6 @@ struct Numbers {
   Dtype normalizer_dtype;
   C scale;
   TargetRule<C> rule;
-  bool ignores;
 };
 
 // What a problem wants of its elements. A kernel computes nothing else, except for All.

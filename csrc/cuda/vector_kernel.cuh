@@ -116,7 +116,7 @@ class VectorPass {
   __device__ __forceinline__ Terms<C> terms_of(const Elements& elements, int k) const {
     const auto& rule = arguments_.numbers.rule;
     if constexpr (kWeighted) {
-      const C y = kLabels == Labels::Hard ? elements.y[k] : elements.y[k] * rule.slope + rule.offset;
+      const C y = kLabels == Labels::Hard ? elements.y[k] : rule.smoothed(elements.y[k]);
       return terms_of<kLabels>(elements.x[k], y, elements.w[k], elements.p[k]);
     } else {
       return terms_of<kLabels>(elements.x[k], elements.y[k], One{}, One{});
@@ -134,10 +134,11 @@ class VectorPass {
   }
 
   __device__ __forceinline__ void clear_ignored(const Elements& elements, C (&values)[N]) const {
-    if (kWeighted && arguments_.numbers.ignores) {
+    const auto& rule = arguments_.numbers.rule;
+    if (kWeighted && rule.ignores()) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        values[k] = elements.y[k] == arguments_.numbers.rule.ignore_index ? C(0) : values[k];
+        values[k] = rule.unless_ignored(elements.y[k], values[k]);
       }
     }
   }

@@ -82,16 +82,17 @@ struct Asymmetric : FormulaOfLogit {
 
   template <typename T, typename Weight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, One, T scale, T smaller) const {
-    const HardLabel<T> label(*this, x, y, smaller);
+    const HardLabel<T> hard(x, y, smaller);
+    const Clipped<T> label(*this, hard);
     const T log_own = math::log_by_complement(label.own, label.complement);
-    const Focus<T> focused = focus_of_hard(label.u, label.is_positive);
-    const T gamma = math::select(label.is_positive, T(attached * gamma_pos), T(attached * gamma_neg));
+    const Focus<T> focused = focus_of_hard(label.u, hard.is_positive);
+    const T gamma = math::select(hard.is_positive, T(attached * gamma_pos), T(attached * gamma_neg));
     const T by_entropy = math::select(label.is_bounded, T(0), math::divide(label.u_slope, label.own)) * focused.power;
     const T slope = by_entropy - log_own * (gamma * (focused.previous * label.u_slope));
 
     Terms<T> terms;
     terms.loss = -log_own * focused.power;
-    terms.grad_input = math::select(label.is_positive, -slope, slope);
+    terms.grad_input = math::select(hard.is_positive, -slope, slope);
     terms.grad_target = T(0);
     terms.summand = terms.loss;
     apply_weight(terms, w, scale);
@@ -99,23 +100,21 @@ struct Asymmetric : FormulaOfLogit {
   }
 
  private:
-  // A label of 0 or 1, by the logit t that speaks against it, x or -x. With v = sigmoid(t), and no clip for a 1:
+  // The share v that the other class gets of a hard label, with no clip for a 1:
   //   u = max(v - clip, 0)       loss = -log(max(1-u, eps)) * u^g
   template <typename T>
-  struct HardLabel {
-    T u, u_slope;       // and its derivative by t
+  struct Clipped {
+    T u, u_slope;       // and its derivative by the logit that speaks against the label
     T own, complement;  // max(1-u, eps), and 1 minus that
-    math::Condition<T> is_positive, is_bounded;
+    math::Condition<T> is_bounded;
 
-    BCE_EXT_HOST_DEVICE HardLabel(const Asymmetric& loss, T x, T y, T smaller) : is_positive(y == T(1)) {
+    BCE_EXT_HOST_DEVICE Clipped(const Asymmetric& loss, const HardLabel<T>& label) {
       const T zero = T(0), one = T(1), bound = T(loss.eps);
-      const T clip = math::select(is_positive, zero, T(loss.clip));
-      const math::Condition<T> below = math::is_negative(math::select(is_positive, -x, x));
-      const T larger = one - smaller;
-      const T excess = math::select(below, smaller, larger) - clip;
+      const T clip = math::select(label.is_positive, zero, T(loss.clip));
+      const T excess = label.share - clip;
       u = math::at_least(zero, excess);
-      u_slope = math::select(excess < zero, zero, smaller * larger);
-      const T rest = math::at_most(one, math::select(below, larger, smaller) + clip);
+      u_slope = math::select(excess < zero, zero, label.share * label.rest);
+      const T rest = math::at_most(one, label.rest + clip);
       is_bounded = rest < bound;
       own = math::at_least(bound, rest);
       complement = math::select(is_bounded, one - bound, u);

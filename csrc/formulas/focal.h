@@ -58,29 +58,24 @@ struct Focal : FormulaOfLogit {
     return first_stage<kRough>(x);
   }
 
-  // A label of 0 or 1, by the logit t that speaks against it, x or -x, with A its alpha. With u = sigmoid(t):
+  // With t the logit that speaks against the label, u = sigmoid(t), and A the alpha of the label:
   //   loss = w * A * softplus(t) * u^gamma
   //   dloss/dt = w * A * u^gamma * (u + gamma * softplus(t) * (1-u))
   template <typename T, typename Weight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, One, T scale, T e) const {
-    const math::Condition<T> is_positive = y == T(1);
-    const T against = math::select(is_positive, -x, x);
-    const math::Condition<T> below = math::is_negative(against);
-    const T smaller = math::divide(e, T(1) + e);
-    const T larger = T(1) - smaller;
-    const T u = math::select(below, smaller, larger);
-    const T rest = math::select(below, larger, smaller);
-    const T entropy = math::at_least(T(0), against) + math::log1p_of_unit(e);
-    const T alpha = math::select(is_positive, T(alpha_positive), T(alpha_negative));
+    const HardLabel<T> label(x, y, math::divide(e, T(1) + e));
+    const T u = label.share;
+    const T entropy = math::at_least(T(0), label.against) + math::log1p_of_unit(e);
+    const T alpha = math::select(label.is_positive, T(alpha_positive), T(alpha_negative));
     const T power = is_small_integer(gamma) ? focus_of_integer(u, gamma).power : focus_by_power(u, T(gamma)).power;
     const T weight = alpha * power;
     // At an infinite logit u is 1, and the rest is 0.
-    const T slope = weight * (u + T(gamma) * (math::at_most(T(math::Format<T>::kLargest), entropy) * rest));
+    const T slope = weight * (u + T(gamma) * (math::at_most(T(math::Format<T>::kLargest), entropy) * label.rest));
 
     Terms<T> terms;
     terms.loss = math::weighted(weight, entropy);
     terms.summand = weight * entropy;
-    terms.grad_input = math::select(is_positive, -slope, slope);
+    terms.grad_input = math::select(label.is_positive, -slope, slope);
     terms.grad_target = T(0);
     apply_weight(terms, w, scale);
     return terms;

@@ -5,6 +5,22 @@
 
 namespace bce_ext {
 
+// A label of 0 or 1, seen from the logit that speaks against it, x or -x; `smaller` is sigmoid(-|x|).
+template <typename T>
+struct HardLabel {
+  math::Condition<T> is_positive;
+  T against;
+  T share, rest;  // the probability that the other class gets, sigmoid(against), and 1 minus that
+
+  BCE_EXT_HOST_DEVICE HardLabel(T x, T y, T smaller) : is_positive(y == T(1)) {
+    against = math::select(is_positive, -x, x);
+    const math::Condition<T> below = math::is_negative(against);
+    const T larger = T(1) - smaller;
+    share = math::select(below, smaller, larger);
+    rest = math::select(below, larger, smaller);
+  }
+};
+
 // u^gamma and u^(gamma-1).
 template <typename T>
 struct Focus {

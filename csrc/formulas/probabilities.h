@@ -78,12 +78,11 @@ struct Probabilities : FormulaDefaults {
     const T log_rest = math::log1p_of_negative(q);
     const T bounded_log_q = math::at_least(T(-100), log_q);
     const T bounded_log_rest = math::at_least(T(-100), log_rest);
-    const T variance = (T(1) - q) * q;
 
     Terms<T> terms;
     terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
     terms.summand = terms.loss;
-    terms.grad_input = math::divide(q - y, math::at_least(T(1e-12f), variance));
+    terms.grad_input = slope_of(q, y);
     terms.grad_target = log_rest - log_q;
     apply_weight(terms, w, scale);
     return terms;
@@ -106,14 +105,19 @@ struct Probabilities : FormulaDefaults {
 
   template <typename T, typename Weight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T q, T y, Weight w, One, T scale, T bounded_log) const {
-    const T variance = (T(1) - q) * q;
     Terms<T> terms;
     terms.loss = -bounded_log;
     terms.summand = terms.loss;
-    terms.grad_input = math::divide(q - y, math::at_least(T(1e-12f), variance));
+    terms.grad_input = slope_of(q, y);
     terms.grad_target = T(0);
     apply_weight(terms, w, scale);
     return terms;
+  }
+
+ private:
+  template <typename T>
+  static BCE_EXT_HOST_DEVICE T slope_of(T q, T y) {
+    return math::divide(q - y, math::at_least(T(1e-12f), (T(1) - q) * q));
   }
 };
 

@@ -83,6 +83,7 @@ struct Number {
   static BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
   static BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) { return condition ? a : b; }
   static BCE_EXT_HOST_DEVICE T at_most(T bound, T a) { return bound < a ? bound : a; }
+  static BCE_EXT_HOST_DEVICE T at_least(T bound, T a) { return a < bound ? bound : a; }
   static BCE_EXT_HOST_DEVICE bool all(bool condition) { return condition; }
 };
 
@@ -132,7 +133,7 @@ BCE_EXT_HOST_DEVICE T at_most(T bound, T a) {
 // The larger of both; NaN where a is.
 template <typename T>
 BCE_EXT_HOST_DEVICE T at_least(T bound, T a) {
-  return -at_most(-bound, -a);
+  return Number<T>::at_least(bound, a);
 }
 
 // Whether a condition holds for every element.

@@ -106,6 +106,9 @@ struct Number<Pack<T, kBytes> > {
   static BCE_EXT_HOST_DEVICE Numbers at_most(Numbers bound, Numbers a) {
     return {at_most(bound.low, a.low), at_most(bound.high, a.high)};
   }
+  static BCE_EXT_HOST_DEVICE Numbers at_least(Numbers bound, Numbers a) {
+    return {at_least(bound.low, a.low), at_least(bound.high, a.high)};
+  }
   static BCE_EXT_HOST_DEVICE bool all(Condition condition) {
     const auto both = condition.low & condition.high;  // of -1 and 0
 #if defined(__x86_64__)
@@ -125,9 +128,9 @@ struct Number<Pack<T, kBytes> > {
 
  private:
   using Register = typename Numbers::Register;
+  // Compilers do not see that a choice by comparison is such an instruction, which gives its second operand for NaN.
   static BCE_EXT_HOST_DEVICE Register at_most(Register bound, Register a) {
 #if defined(__x86_64__)
-    // Compilers do not see that a choice by comparison is this instruction, which gives its second operand for NaN.
     if constexpr (kBytes == 16 && sizeof(T) == 4) return (Register)_mm_min_ps((__m128)bound, (__m128)a);
     if constexpr (kBytes == 16 && sizeof(T) == 8) return (Register)_mm_min_pd((__m128d)bound, (__m128d)a);
     if constexpr (kBytes == 32 && sizeof(T) == 4) return (Register)_mm256_min_ps((__m256)bound, (__m256)a);
@@ -137,6 +140,18 @@ struct Number<Pack<T, kBytes> > {
       return (Register)_mm512_maskz_min_pd(static_cast<__mmask8>(kAll), (__m512d)bound, (__m512d)a);
 #endif
     return bound < a ? bound : a;
+  }
+  static BCE_EXT_HOST_DEVICE Register at_least(Register bound, Register a) {
+#if defined(__x86_64__)
+    if constexpr (kBytes == 16 && sizeof(T) == 4) return (Register)_mm_max_ps((__m128)bound, (__m128)a);
+    if constexpr (kBytes == 16 && sizeof(T) == 8) return (Register)_mm_max_pd((__m128d)bound, (__m128d)a);
+    if constexpr (kBytes == 32 && sizeof(T) == 4) return (Register)_mm256_max_ps((__m256)bound, (__m256)a);
+    if constexpr (kBytes == 32 && sizeof(T) == 8) return (Register)_mm256_max_pd((__m256d)bound, (__m256d)a);
+    if constexpr (kBytes == 64 && sizeof(T) == 4) return (Register)_mm512_maskz_max_ps(kAll, (__m512)bound, (__m512)a);
+    if constexpr (kBytes == 64 && sizeof(T) == 8)
+      return (Register)_mm512_maskz_max_pd(static_cast<__mmask8>(kAll), (__m512d)bound, (__m512d)a);
+#endif
+    return a < bound ? bound : a;
   }
 #if defined(__x86_64__)
   static BCE_EXT_HOST_DEVICE Register times_power_of_two(Register value, Register n) {

@@ -16,12 +16,12 @@ struct Asymmetric : FormulaOfLogit {
   static constexpr bool kHasHardForm = true;
 
   BCE_EXT_HOST_DEVICE explicit Asymmetric(const double* parameters)
-      : gamma_neg(static_cast<Scalar>(parameters[0])),
-        gamma_pos(static_cast<Scalar>(parameters[1])),
+      : of_negative(parameters[0]),
+        of_positive(parameters[1]),
         clip(static_cast<Scalar>(parameters[2])),
         eps(static_cast<Scalar>(parameters[3])),
         attached(static_cast<Scalar>(parameters[4] == 0)),
-        has_integers(is_small_integer(gamma_neg) && is_small_integer(gamma_pos)) {}
+        has_factors(of_negative.factors != Exponent<Scalar>::kNone && of_positive.factors != Exponent<Scalar>::kNone) {}
 
   template <typename T, typename Weight, typename PosWeight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate(T x, T y, Weight w, PosWeight p, T scale, T e) const {
@@ -50,9 +50,9 @@ struct Asymmetric : FormulaOfLogit {
     const T slope_other = math::select(negative_is_bounded, zero, -slope_rest / other);
 
     const T share = one - y;
-    const T gamma = T(gamma_pos) * y + T(gamma_neg) * share;
+    const T gamma = T(of_positive.gamma) * y + T(of_negative.gamma) * share;
     const T u = y * negative + share * rest;
-    const Focus<T> focused = focus_of(u, y, gamma);
+    const Focus<T> focused = focus_of_target(u, y, gamma);
     const T entropy = -(times(p, y * log_positive) + share * log_other);
     const T entropy_by_input = -(times(p, y * slope_positive) + share * slope_other);
     const T u_by_input = share * slope_rest - y * product;
@@ -65,14 +65,16 @@ struct Asymmetric : FormulaOfLogit {
     terms.grad_input =
         entropy_by_input * focused.power + T(attached) * (entropy * (gamma * (focused.previous * u_by_input)));
     const T focus_by_target =
-        focused.power * T(gamma_pos - gamma_neg) * log_u + gamma * focused.previous * (negative - rest);
+        focused.power * T(of_positive.gamma - of_negative.gamma) * log_u + gamma * focused.previous * (negative - rest);
     terms.grad_target = (log_other - times(p, log_positive)) * focused.power + T(attached) * entropy * focus_by_target;
     apply_weight(terms, w, scale);
     return terms;
   }
 
-  // A subnormal share has too few places for its logarithm.
-  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return eps >= math::Format<Scalar>::kSmallestNormal; }
+  // A subnormal share has too few places for its logarithm, and a bound of 1/2 needs the complement of the bound.
+  BCE_EXT_HOST_DEVICE bool has_hard_form() const {
+    return eps >= math::Format<Scalar>::kSmallestNormal && eps < Scalar(0.5);
+  }
 
   template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {
@@ -80,19 +82,28 @@ struct Asymmetric : FormulaOfLogit {
     return math::divide(e, T(1) + e);
   }
 
+  // The share v that the other class gets of a hard label, with no clip for a 1:
+  //   u = max(v - clip, 0)       loss = -log(max(1-u, eps)) * u^g
+  // By the logit that speaks against the label:
+  //   du = v * (1-v)             dloss = u^(g-1) * (u / (1-u) - g * log(1-u)) * du
+  // where 1-u is not bounded. What is clipped has no gradient.
   template <typename T, typename Weight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, One, T scale, T smaller) const {
-    const HardLabel<T> hard(x, y, smaller);
-    const Clipped<T> label(*this, hard);
-    const T log_own = math::log_by_complement(label.own, label.complement);
-    const Focus<T> focused = focus_of_hard(label.u, hard.is_positive);
-    const T gamma = math::select(hard.is_positive, T(attached * gamma_pos), T(attached * gamma_neg));
-    const T by_entropy = math::select(label.is_bounded, T(0), math::divide(label.u_slope, label.own)) * focused.power;
-    const T slope = by_entropy - log_own * (gamma * (focused.previous * label.u_slope));
+    const T zero = T(0), bound = T(eps);
+    const HardLabel<T> label(x, y, smaller);
+    const T clipping = math::select(label.is_positive, zero, T(clip));
+    const T u = math::at_least(zero, label.share - clipping);
+    const T rest = math::at_most(T(1), label.rest + clipping);  // 1-u
+    const T own = math::at_least(bound, rest);
+    const T log_own = math::log_by_complement(own, u);
+    const Focus<T> focused = focus_of_hard(u, label.is_positive);
+    const T gamma = math::select(label.is_positive, T(attached * of_positive.gamma), T(attached * of_negative.gamma));
+    const T by_entropy = math::select(rest < bound, zero, math::divide(focused.base, own));
+    const T slope = (by_entropy - gamma * log_own) * (focused.previous * (label.share * label.rest));
 
     Terms<T> terms;
     terms.loss = -log_own * focused.power;
-    terms.grad_input = math::select(hard.is_positive, -slope, slope);
+    terms.grad_input = math::select(label.is_positive, -slope, slope);
     terms.grad_target = T(0);
     terms.summand = terms.loss;
     apply_weight(terms, w, scale);
@@ -100,46 +111,30 @@ struct Asymmetric : FormulaOfLogit {
   }
 
  private:
-  // The share v that the other class gets of a hard label, with no clip for a 1:
-  //   u = max(v - clip, 0)       loss = -log(max(1-u, eps)) * u^g
-  template <typename T>
-  struct Clipped {
-    T u, u_slope;       // and its derivative by the logit that speaks against the label
-    T own, complement;  // max(1-u, eps), and 1 minus that
-    math::Condition<T> is_bounded;
-
-    BCE_EXT_HOST_DEVICE Clipped(const Asymmetric& loss, const HardLabel<T>& label) {
-      const T zero = T(0), one = T(1), bound = T(loss.eps);
-      const T clip = math::select(label.is_positive, zero, T(loss.clip));
-      const T excess = label.share - clip;
-      u = math::at_least(zero, excess);
-      u_slope = math::select(excess < zero, zero, label.share * label.rest);
-      const T rest = math::at_most(one, label.rest + clip);
-      is_bounded = rest < bound;
-      own = math::at_least(bound, rest);
-      complement = math::select(is_bounded, one - bound, u);
-    }
-  };
-
   // u^g for a target y. The exponent of a hard label is one of two, and mostly an integer.
   template <typename T>
-  BCE_EXT_HOST_DEVICE Focus<T> focus_of(T u, T y, T gamma) const {
+  BCE_EXT_HOST_DEVICE Focus<T> focus_of_target(T u, T y, T gamma) const {
     const math::Condition<T> is_positive = y == T(1);
-    if (has_integers && math::all<T>(is_positive | (y == T(0)))) return focus_of_hard(u, is_positive);
+    if (has_factors && math::all<T>(is_positive | (y == T(0)))) return focus_of_hard(u, is_positive);
     return focus_by_power(u, gamma);
   }
 
   template <typename T>
   BCE_EXT_HOST_DEVICE Focus<T> focus_of_hard(T u, math::Condition<T> is_positive) const {
-    if (!has_integers) return focus_by_power(u, math::select(is_positive, T(gamma_pos), T(gamma_neg)));
-    const Focus<T> of_positive = focus_of_integer(u, gamma_pos), of_negative = focus_of_integer(u, gamma_neg);
-    return {math::select(is_positive, of_positive.power, of_negative.power),
-            math::select(is_positive, of_positive.previous, of_negative.previous)};
+    if (!has_factors) [[unlikely]] {
+      return focus_by_power(u, math::select(is_positive, T(of_positive.gamma), T(of_negative.gamma)));
+    }
+    const Focus<T> positive = focus_of_factors(u, of_positive.factors);
+    const Focus<T> negative = focus_of_factors(u, of_negative.factors);
+    return {math::select(is_positive, positive.power, negative.power),
+            math::select(is_positive, positive.previous, negative.previous),
+            math::select(is_positive, positive.base, negative.base)};
   }
 
-  Scalar gamma_neg, gamma_pos, clip, eps;
-  Scalar attached;    // 1, or 0 where no gradient goes through the focusing factor
-  bool has_integers;  // for exponents
+  Exponent<Scalar> of_negative, of_positive;
+  Scalar clip, eps;
+  Scalar attached;   // 1, or 0 where no gradient goes through the focusing factor
+  bool has_factors;  // both exponents
 };
 
 }  // namespace bce_ext

@@ -19,7 +19,7 @@ struct Focal : FormulaOfLogit {
   static constexpr bool kHasHardForm = true;
 
   BCE_EXT_HOST_DEVICE explicit Focal(const double* parameters)
-      : gamma(static_cast<Scalar>(parameters[1])),
+      : exponent(parameters[1]),
         alpha_positive(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : parameters[0])),
         alpha_negative(static_cast<Scalar>(parameters[0] < 0 ? 1.0 : 1.0 - parameters[0])) {}
 
@@ -30,9 +30,9 @@ struct Focal : FormulaOfLogit {
     const T larger = T(1) - entropy.smaller;
     const T negative = T(1) - y;
     const T u = math::select(below, negative, y) * entropy.smaller + math::select(below, y, negative) * larger;
-    const Focus<T> focused = is_small_integer(gamma) ? focus_of_integer(u, gamma) : focus_by_power(u, T(gamma));
+    const Focus<T> focused = focus_of(u, exponent);
     const T alpha = y * T(alpha_positive) + negative * T(alpha_negative);
-    const T slope_of_power = T(gamma) * focused.previous;
+    const T slope_of_power = T(exponent.gamma) * focused.previous;
     const T product = entropy.smaller * larger;  // sigmoid(x) * sigmoid(-x); 0 where c is infinite
     // The powers of u come together before anything multiplies them: u^(gamma-1) * u may be large where u * c
     // underflows.
@@ -67,10 +67,10 @@ struct Focal : FormulaOfLogit {
     const T u = label.share;
     const T entropy = math::at_least(T(0), label.against) + math::log1p_of_unit(e);
     const T alpha = math::select(label.is_positive, T(alpha_positive), T(alpha_negative));
-    const T power = is_small_integer(gamma) ? focus_of_integer(u, gamma).power : focus_by_power(u, T(gamma)).power;
-    const T weight = alpha * power;
+    const T weight = alpha * focus_of(u, exponent).power;
     // At an infinite logit u is 1, and the rest is 0.
-    const T slope = weight * (u + T(gamma) * (math::at_most(T(math::Format<T>::kLargest), entropy) * label.rest));
+    const T slope =
+        weight * (u + T(exponent.gamma) * (math::at_most(T(math::Format<T>::kLargest), entropy) * label.rest));
 
     Terms<T> terms;
     terms.loss = math::weighted(weight, entropy);
@@ -82,7 +82,7 @@ struct Focal : FormulaOfLogit {
   }
 
  private:
-  Scalar gamma;
+  Exponent<Scalar> exponent;
   Scalar alpha_positive, alpha_negative;
 };
 

@@ -21,33 +21,51 @@ struct HardLabel {
   }
 };
 
-// u^gamma and u^(gamma-1).
-template <typename T>
-struct Focus {
-  T power, previous;
+// An exponent gamma. Where it is a small integer, powers are products of a few factors.
+template <typename Scalar>
+struct Exponent {
+  static constexpr int kNone = -1;
+  Scalar gamma;
+  int factors;  // their number, or kNone
+
+  BCE_EXT_HOST_DEVICE explicit Exponent(double number) : gamma(static_cast<Scalar>(number)), factors(kNone) {
+    for (int count = 0; count <= 4; ++count) {
+      if (gamma == Scalar(count)) factors = count;
+    }
+  }
 };
 
-// Whether powers of it are products of a few factors.
-template <typename Scalar>
-BCE_EXT_HOST_DEVICE bool is_small_integer(Scalar gamma) {
-  return gamma == Scalar(0) || gamma == Scalar(1) || gamma == Scalar(2) || gamma == Scalar(3) || gamma == Scalar(4);
-}
+// u^gamma is base * previous: u * u^(gamma-1), and 1 * 1 at exponent 0. The base is 0 wherever u is.
+template <typename T>
+struct Focus {
+  T power, previous, base;
+};
 
-template <typename T, typename Scalar>
-BCE_EXT_HOST_DEVICE Focus<T> focus_of_integer(T u, Scalar gamma) {
-  if (gamma == Scalar(0)) return {T(1), T(0)};
-  if (gamma == Scalar(1)) return {u, T(1)};
-  if (gamma == Scalar(2)) return {u * u, u};
+template <typename T>
+BCE_EXT_HOST_DEVICE Focus<T> focus_of_factors(T u, int factors) {
+  if (factors == 0) return {T(1), T(1), math::select(u == T(0), T(0), T(1))};
+  if (factors == 1) return {u, T(1), u};
   const T square = u * u;
-  if (gamma == Scalar(3)) return {square * u, square};
-  return {square * square, square * u};
+  if (factors == 2) return {square, u, u};
+  if (factors == 3) return {square * u, square, u};
+  return {square * square, square * u, u};
 }
 
-// For any exponent. u^(gamma-1) is 0 where u is.
+// For any exponent. u^(gamma-1) is 0 where u is and gamma is not.
 template <typename T>
 BCE_EXT_HOST_DEVICE Focus<T> focus_by_power(T u, T gamma) {
   const T power = math::power(u, gamma);
-  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), u))};
+  const T base = math::select(gamma == T(0), T(1), u);
+  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), base)),
+          math::select(u == T(0), T(0), base)};
+}
+
+// For one exponent.
+template <typename T, typename Scalar>
+BCE_EXT_HOST_DEVICE Focus<T> focus_of(T u, const Exponent<Scalar>& exponent) {
+  if (exponent.factors == Exponent<Scalar>::kNone) [[unlikely]]
+    return focus_by_power(u, T(exponent.gamma));
+  return focus_of_factors(u, exponent.factors);
 }
 
 }  // namespace bce_ext

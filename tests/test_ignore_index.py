@@ -154,6 +154,19 @@ def test_none_left(loss: Member, device: str) -> None:
     assert composite.isnan().all()
 
 
+# Nothing, less than the widest register and around it, and a chunk with a rest.
+@pytest.mark.parametrize("numel", [0, 63, 64, 65, CHUNK + 129])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float32], ids=str)
+def test_the_number_of_valid_elements(dtype: torch.dtype, numel: int, device: str) -> None:
+    low, high = (-128, 127) if dtype == torch.int8 else (0, 255)
+    target = torch.randint(low, high + 1, (numel,), device=device).to(dtype)
+    target[::2] = high  # more of one number than a byte can count
+    # Numbers that no byte holds among them: their lowest byte would equal another.
+    for index in (low, high, low - 1, high + 1, 0.5, 1e300, -1e300):
+        expected = int((target.double() != index).sum())
+        assert torch.ops.bce_ext._count_valid(target, index) == expected, index
+
+
 def test_the_mean_divides_as_cross_entropy_does(device: str) -> None:
     logits = torch.randn(20, device=device)
     target = torch.randint(2, (20,), device=device)

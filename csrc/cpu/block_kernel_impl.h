@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "../formulas.h"
@@ -127,6 +128,23 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
   return evaluate_blocks<T, Formula>(problem, begin, end, Summation::OfStored);
 }
 
+template <typename Byte>
+BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t begin, int64_t end) {
+  const double ignored = problem.ignore_index;
+  ChunkResult result;
+  result.sum = static_cast<double>(end - begin);
+  const bool is_byte = ignored >= std::numeric_limits<Byte>::min() && ignored <= std::numeric_limits<Byte>::max() &&
+                       ignored == static_cast<Byte>(ignored);
+  if (!is_byte) return result;
+  constexpr int64_t kMost = 128 * BCE_EXT_VECTOR_BYTES;
+  for (int64_t at = begin; at < end; at += kMost) {
+    const void* const bytes = static_cast<const Byte*>(problem.target.data) + at;
+    result.sum -= static_cast<double>(
+        count_equal_bytes(smaller(kMost, end - at), bytes, static_cast<uint8_t>(static_cast<Byte>(ignored))));
+  }
+  return result;
+}
+
 template <typename T>
 BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, int64_t end) {
   OperandReader<T> target(problem, problem.target, end - begin);
@@ -141,6 +159,12 @@ BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, in
   return result;
 }
 
+BCE_EXT_TARGET ChunkKernel select_count(const Problem& problem) {
+  if (problem.target.dtype == Dtype::UInt8) return count_valid_bytes<uint8_t>;
+  if (problem.target.dtype == Dtype::Int8) return count_valid_bytes<int8_t>;
+  return problem.compute_in_double ? count_valid<double> : count_valid<float>;
+}
+
 template <template <typename> typename Formula>
 BCE_EXT_TARGET ChunkKernel select_compute_type(const Problem& problem) {
   return problem.compute_in_double ? evaluate_chunk<double, Formula<double>> : evaluate_chunk<float, Formula<float>>;
@@ -149,7 +173,7 @@ BCE_EXT_TARGET ChunkKernel select_compute_type(const Problem& problem) {
 }  // namespace
 
 ChunkKernel select_chunk_kernel(const Problem& problem) {
-  if (problem.counts) return problem.compute_in_double ? count_valid<double> : count_valid<float>;
+  if (problem.counts) return select_count(problem);
   switch (problem.formula) {
     case Formula::Probabilities:
       return select_compute_type<Probabilities>(problem);

@@ -60,6 +60,22 @@ BCE_EXT_TARGET int64_t count_equal(int64_t n, const T* in, T number) {
   return count;
 }
 
+// How many of n bytes equal one, without a conversion: n below 255 registers.
+BCE_EXT_TARGET inline int64_t count_equal_bytes(int64_t n, const void* in, uint8_t byte) {
+  constexpr int64_t kBytes = BCE_EXT_VECTOR_BYTES;
+  using Register __attribute__((vector_size(kBytes))) = uint8_t;
+  using InMemory __attribute__((vector_size(kBytes), aligned(1), may_alias)) = uint8_t;
+  const auto* const bytes = static_cast<const uint8_t*>(in);
+  const Register wanted = byte - Register{};
+  Register found = {};  // their number, in each place
+  int64_t i = 0;
+  for (; i + kBytes <= n; i += kBytes) found -= (Register)(*reinterpret_cast<const InMemory*>(bytes + i) == wanted);
+  int64_t count = 0;
+  for (; i < n; ++i) count += bytes[i] == byte;
+  for (int64_t place = 0; place < kBytes; ++place) count += found[place];
+  return count;
+}
+
 template <typename T, int kCount>
 BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e, int64_t step) {
   if constexpr (kCount == 1) {

@@ -79,12 +79,26 @@ inline void check_scale_grad(const Tensor& grad, const Tensor& grad_output) {
   check_storage(grad_output, "grad_output");
 }
 
-// The operators that an instance for a device registers, all but _scale_grad_ and _count_valid.
+template <typename Device>
+void scale_grad(Tensor& grad, const Tensor& grad_output) {
+  check_scale_grad(grad, grad_output);
+  Device::scale_grad(grad, grad_output);
+}
+
+template <typename Device>
+Tensor count_valid(const Tensor& target, double ignore_index) {
+  check_count(target, ignore_index);
+  return Device::count_valid(target, ignore_index);
+}
+
+// The operators that an instance for a device registers.
 template <typename Device>
 void register_pass_operators(torch::Library& m) {
   m.impl("_bce_loss", Flat<loss<Device>>::call);
   m.impl("_bce_loss_and_grad", Flat<loss_and_grad<Device>>::call);
   m.impl("_bce_backward", Flat<backward<Device>>::call);
+  m.impl("_scale_grad_", scale_grad<Device>);
+  m.impl("_count_valid", count_valid<Device>);
 }
 
 }  // namespace bce_ext

@@ -145,39 +145,33 @@ struct Cpu {
   static Tensor run_and_sum(Problem& problem, at::ScalarType dtype, const Tensor& /*like*/) {
     return number(run_chunks(problem) / problem.divisor, dtype);
   }
-};
 
-void scale_grad_cpu(Tensor& grad, const Tensor& grad_output) {
-  check_scale_grad(grad, grad_output);
-  const bool is_one =
-      is_aligned(grad_output) &&
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
-                                      [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
-  if (!is_one) grad.mul_(grad_output);
-}
-
-Tensor count_valid_cpu(const Tensor& target, double ignore_index) {
-  check_count(target, ignore_index);
-  const at::ScalarType dtype = target.scalar_type();
-  // The order of the elements does not matter; memory that holds other elements too does, and 8-bit floats.
-  if (!target.is_non_overlapping_and_dense() || !is_aligned(target) || (at::isFloat8Type(dtype))) {
-    return composite_count_valid(target, ignore_index);
+  static void scale_grad(Tensor& grad, const Tensor& grad_output) {
+    const bool is_one =
+        is_aligned(grad_output) &&
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(), "scale_grad_",
+                                        [&] { return *grad_output.const_data_ptr<scalar_t>() == scalar_t(1); });
+    if (!is_one) grad.mul_(grad_output);
   }
-  Problem problem;
-  problem.counts = true;
-  problem.compute_in_double = dtype == at::kDouble;
-  problem.ignore_index = as_label(ignore_index, dtype);
-  problem.numel = target.numel();
-  problem.target = flat_operand(target);
-  return number(run_chunks(problem), at::kDouble);
-}
+
+  static Tensor count_valid(const Tensor& target, double ignore_index) {
+    const at::ScalarType dtype = target.scalar_type();
+    // The order of the elements does not matter; memory that holds other elements too does, and 8-bit floats.
+    if (!target.is_non_overlapping_and_dense() || !is_aligned(target) || (at::isFloat8Type(dtype))) {
+      return composite_count_valid(target, ignore_index);
+    }
+    Problem problem;
+    problem.counts = true;
+    problem.compute_in_double = dtype == at::kDouble;
+    problem.ignore_index = as_label(ignore_index, dtype);
+    problem.numel = target.numel();
+    problem.target = flat_operand(target);
+    return number(run_chunks(problem), at::kDouble);
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bce_ext, CPU, m) {
-  register_pass_operators<Cpu>(m);
-  m.impl("_scale_grad_", scale_grad_cpu);
-  m.impl("_count_valid", count_valid_cpu);
-}
+TORCH_LIBRARY_IMPL(bce_ext, CPU, m) { register_pass_operators<Cpu>(m); }
 
 }  // namespace bce_ext

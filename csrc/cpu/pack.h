@@ -104,10 +104,10 @@ struct Number<Pack<T, kBytes> > {
     return {condition.low ? a.low : b.low, condition.high ? a.high : b.high};
   }
   static BCE_EXT_HOST_DEVICE Numbers at_most(Numbers bound, Numbers a) {
-    return {at_most(bound.low, a.low), at_most(bound.high, a.high)};
+    return {within<kAtMost>(bound.low, a.low), within<kAtMost>(bound.high, a.high)};
   }
   static BCE_EXT_HOST_DEVICE Numbers at_least(Numbers bound, Numbers a) {
-    return {at_least(bound.low, a.low), at_least(bound.high, a.high)};
+    return {within<kAtLeast>(bound.low, a.low), within<kAtLeast>(bound.high, a.high)};
   }
   static BCE_EXT_HOST_DEVICE bool all(Condition condition) {
     const auto both = condition.low & condition.high;  // of -1 and 0
@@ -128,30 +128,31 @@ struct Number<Pack<T, kBytes> > {
 
  private:
   using Register = typename Numbers::Register;
-  // Compilers do not see that a choice by comparison is such an instruction, which gives its second operand for NaN.
-  static BCE_EXT_HOST_DEVICE Register at_most(Register bound, Register a) {
+  enum Bound { kAtMost, kAtLeast };
+
+  template <Bound kBound>
+  static BCE_EXT_HOST_DEVICE Register within(Register bound, Register a) {
+    constexpr bool kMin = kBound == kAtMost;
 #if defined(__x86_64__)
-    if constexpr (kBytes == 16 && sizeof(T) == 4) return (Register)_mm_min_ps((__m128)bound, (__m128)a);
-    if constexpr (kBytes == 16 && sizeof(T) == 8) return (Register)_mm_min_pd((__m128d)bound, (__m128d)a);
-    if constexpr (kBytes == 32 && sizeof(T) == 4) return (Register)_mm256_min_ps((__m256)bound, (__m256)a);
-    if constexpr (kBytes == 32 && sizeof(T) == 8) return (Register)_mm256_min_pd((__m256d)bound, (__m256d)a);
-    if constexpr (kBytes == 64 && sizeof(T) == 4) return (Register)_mm512_maskz_min_ps(kAll, (__m512)bound, (__m512)a);
-    if constexpr (kBytes == 64 && sizeof(T) == 8)
-      return (Register)_mm512_maskz_min_pd(static_cast<__mmask8>(kAll), (__m512d)bound, (__m512d)a);
+    // Compilers do not see that a choice by comparison is this instruction, which gives its second operand for NaN.
+    constexpr bool kFloat = sizeof(T) == 4;
+    if constexpr (kBytes == 16 && kFloat)
+      return (Register)(kMin ? _mm_min_ps((__m128)bound, (__m128)a) : _mm_max_ps((__m128)bound, (__m128)a));
+    if constexpr (kBytes == 16 && !kFloat)
+      return (Register)(kMin ? _mm_min_pd((__m128d)bound, (__m128d)a) : _mm_max_pd((__m128d)bound, (__m128d)a));
+    if constexpr (kBytes == 32 && kFloat)
+      return (Register)(kMin ? _mm256_min_ps((__m256)bound, (__m256)a) : _mm256_max_ps((__m256)bound, (__m256)a));
+    if constexpr (kBytes == 32 && !kFloat)
+      return (Register)(kMin ? _mm256_min_pd((__m256d)bound, (__m256d)a) : _mm256_max_pd((__m256d)bound, (__m256d)a));
+    if constexpr (kBytes == 64 && kFloat)
+      return (Register)(kMin ? _mm512_maskz_min_ps(kAll, (__m512)bound, (__m512)a)
+                             : _mm512_maskz_max_ps(kAll, (__m512)bound, (__m512)a));
+    constexpr auto kAllDoubles = static_cast<__mmask8>(kAll);
+    if constexpr (kBytes == 64 && !kFloat)
+      return (Register)(kMin ? _mm512_maskz_min_pd(kAllDoubles, (__m512d)bound, (__m512d)a)
+                             : _mm512_maskz_max_pd(kAllDoubles, (__m512d)bound, (__m512d)a));
 #endif
-    return bound < a ? bound : a;
-  }
-  static BCE_EXT_HOST_DEVICE Register at_least(Register bound, Register a) {
-#if defined(__x86_64__)
-    if constexpr (kBytes == 16 && sizeof(T) == 4) return (Register)_mm_max_ps((__m128)bound, (__m128)a);
-    if constexpr (kBytes == 16 && sizeof(T) == 8) return (Register)_mm_max_pd((__m128d)bound, (__m128d)a);
-    if constexpr (kBytes == 32 && sizeof(T) == 4) return (Register)_mm256_max_ps((__m256)bound, (__m256)a);
-    if constexpr (kBytes == 32 && sizeof(T) == 8) return (Register)_mm256_max_pd((__m256d)bound, (__m256d)a);
-    if constexpr (kBytes == 64 && sizeof(T) == 4) return (Register)_mm512_maskz_max_ps(kAll, (__m512)bound, (__m512)a);
-    if constexpr (kBytes == 64 && sizeof(T) == 8)
-      return (Register)_mm512_maskz_max_pd(static_cast<__mmask8>(kAll), (__m512d)bound, (__m512d)a);
-#endif
-    return a < bound ? bound : a;
+    return kMin ? (bound < a ? bound : a) : (a < bound ? bound : a);
   }
 #if defined(__x86_64__)
   static BCE_EXT_HOST_DEVICE Register times_power_of_two(Register value, Register n) {

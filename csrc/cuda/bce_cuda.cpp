@@ -27,38 +27,32 @@ struct Cuda {
     cuda::solve(problem, partials.mutable_data_ptr<double>(), output_of(total), c10::cuda::getCurrentCUDAStream());
     return total;
   }
-};
 
-void scale_grad_cuda(Tensor& grad, const Tensor& grad_output) {
-  check_scale_grad(grad, grad_output);
-  if (!grad.is_non_overlapping_and_dense() || !is_aligned(grad) || !is_aligned(grad_output)) {
-    grad.mul_(grad_output);
-    return;
+  static void scale_grad(Tensor& grad, const Tensor& grad_output) {
+    if (!grad.is_non_overlapping_and_dense() || !is_aligned(grad) || !is_aligned(grad_output)) {
+      grad.mul_(grad_output);
+      return;
+    }
+    const c10::cuda::CUDAGuard guard(grad.device());
+    const Operand factor = flat_operand(grad_output);
+    cuda::scale_grad(output_of(grad), grad.numel(), factor.data, factor.dtype, c10::cuda::getCurrentCUDAStream());
   }
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const Operand factor = flat_operand(grad_output);
-  cuda::scale_grad(output_of(grad), grad.numel(), factor.data, factor.dtype, c10::cuda::getCurrentCUDAStream());
-}
 
-// Read where it lies if it is dense; a view with gaps or repeats is copied first, as is a type that no kernel reads.
-Tensor count_valid_cuda(const Tensor& target, double ignore_index) {
-  check_count(target, ignore_index);
-  const c10::cuda::CUDAGuard guard(target.device());
-  const Tensor dense = readable(target.is_non_overlapping_and_dense() ? target : target.contiguous());
-  const Tensor count = at::empty({}, target.options().dtype(at::kDouble));
-  const Tensor partials = at::empty({cuda::count_partials_size(target.numel())}, count.options());
-  const Operand operand = flat_operand(dense);
-  cuda::count_valid(operand.data, operand.dtype, target.numel(), as_label(ignore_index, target.scalar_type()),
-                    partials.mutable_data_ptr<double>(), output_of(count), c10::cuda::getCurrentCUDAStream());
-  return count;
-}
+  // Read where it lies if it is dense; a view with gaps or repeats is copied first, as is a type that no kernel reads.
+  static Tensor count_valid(const Tensor& target, double ignore_index) {
+    const c10::cuda::CUDAGuard guard(target.device());
+    const Tensor dense = readable(target.is_non_overlapping_and_dense() ? target : target.contiguous());
+    const Tensor count = at::empty({}, target.options().dtype(at::kDouble));
+    const Tensor partials = at::empty({cuda::count_partials_size(target.numel())}, count.options());
+    const Operand operand = flat_operand(dense);
+    cuda::count_valid(operand.data, operand.dtype, target.numel(), as_label(ignore_index, target.scalar_type()),
+                      partials.mutable_data_ptr<double>(), output_of(count), c10::cuda::getCurrentCUDAStream());
+    return count;
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bce_ext, CUDA, m) {
-  register_pass_operators<Cuda>(m);
-  m.impl("_scale_grad_", scale_grad_cuda);
-  m.impl("_count_valid", count_valid_cuda);
-}
+TORCH_LIBRARY_IMPL(bce_ext, CUDA, m) { register_pass_operators<Cuda>(m); }
 
 }  // namespace bce_ext

@@ -165,7 +165,7 @@ class VectorPass {
   // Stores losses or gradients, and returns the sum of the losses.
   template <Labels kLabels, bool kLosses, bool kGradInput>
   __device__ __forceinline__ C evaluate(int64_t index, const Elements& elements) const {
-    C values[N], sum = 0;
+    C values[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Terms<C> terms = terms_of<kLabels>(elements, k);
@@ -173,18 +173,13 @@ class VectorPass {
     }
     clear_ignored(elements, values);
     if constexpr (kGradInput) store_grad_input(index, values);
-    if constexpr (kLosses) {
-      store_losses(index, values);
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        sum += values[k];
-      }
-    }
-    return sum;
+    if constexpr (!kLosses) return C(0);
+    store_losses(index, values);
+    return sum_of(values);
   }
 
   __device__ __forceinline__ C all(int64_t index, const Elements& elements) const {
-    C losses[N], grad_inputs[N], grad_targets[N], sum = 0;
+    C losses[N], grad_inputs[N], grad_targets[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Terms<C> terms = terms_of<Labels::Any>(elements, k);
@@ -198,11 +193,7 @@ class VectorPass {
     store_losses(index, losses);
     store_grad_input(index, grad_inputs);
     store_grad_target(index, grad_targets);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      sum += losses[k];
-    }
-    return sum;
+    return sum_of(losses);
   }
 
   // The sum of the losses, and maybe the gradient. Summands are what losses are as long as their sum is finite, and
@@ -229,10 +220,19 @@ class VectorPass {
     return is_valid ? result : evaluate<Labels::Any, true, false>(index, elements);
   }
 
+  static __device__ __forceinline__ C sum_of(const C (&values)[N]) {
+    C sum = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sum += values[k];
+    }
+    return sum;
+  }
+
   template <Labels kLabels, bool kGradInput>
   __device__ __forceinline__ C add_summands(int64_t index, const Elements& elements) const {
     constexpr bool kJoins = !kWeighted && Formula::kJoinsLogarithms;
-    C summands[N], grad_inputs[N], sum = 0, excess = 0;
+    C summands[N], grad_inputs[N], excess = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Terms<C> terms = terms_of<kLabels>(elements, k);
@@ -247,10 +247,7 @@ class VectorPass {
       store_grad_input(index, grad_inputs);
     }
     clear_ignored(elements, summands);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      sum += summands[k];
-    }
+    const C sum = sum_of(summands);
     return kJoins ? sum + math::log1p_of_nonnegative(excess) : sum;
   }
 

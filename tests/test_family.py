@@ -218,6 +218,29 @@ def test_hard_labels_at_the_largest_logits(loss: Member, label: float, dtype: to
                 torch.testing.assert_close(gradient.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("gamma_neg", [0.0, 0.5, 1.0, 4.0])
+def test_just_at_the_clip_the_gradient_is_that_of_autograd(gamma_neg: float, device: str) -> None:
+    """On the side of torch.clamp. 1,040 zeros: the vectors of a block, and a rest that they do not fill."""
+    x = torch.zeros(1040, device=device, requires_grad=True)
+    (1.0 - (x.sigmoid() - 0.5).clamp(min=0.0)).log().mul(-1.0 if gamma_neg == 0 else 0.0).sum().backward()
+    expected, x.grad = x.grad, None
+    ASYMMETRIC[0](x, torch.zeros_like(x), gamma_neg=gamma_neg, clip=0.5, reduction="sum").backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [1e30, 3e37, 3e38])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_gradients_are_finite_for_the_largest_exponents(label: float, gamma: float, device: str) -> None:
+    x = torch.tensor([0.0, 3.0, 18.0, 20.0, 30.0, 88.0, 1e4, torch.inf], device=device)
+    x = torch.cat([x, -x]).repeat(65).requires_grad_()  # 1,040, as above
+    for loss in (ASYMMETRIC[0], FOCAL[0]):
+        options = {"gamma_neg": gamma, "gamma_pos": gamma} if loss is ASYMMETRIC[0] else {"gamma": gamma}
+        x.grad = None
+        loss(x, torch.full_like(x, label), reduction="sum", **options).backward()
+        right_side = x.isfinite() | ((x < 0) == (label == 0))
+        assert x.grad[right_side].isfinite().all(), options
+
+
 def test_a_small_alpha_keeps_its_digits(device: str) -> None:
     input, target = FOCAL[0].make_input((101,), torch.float32, device), torch.ones(101, device=device)
     for alpha in (1e-8, 1e-3, 1 - 1e-6):

@@ -161,9 +161,9 @@ def test_the_number_of_valid_elements(dtype: torch.dtype, numel: int, device: st
     low, high = (-128, 127) if dtype == torch.int8 else (0, 255)
     target = torch.randint(low, high + 1, (numel,), device=device).to(dtype)
     target[::2] = high  # more of one number than a byte can count
-    # Numbers that no byte holds among them: their lowest byte would equal another.
-    for index in (low, high, low - 1, high + 1, 0.5, 1e300, -1e300):
-        expected = int((target.double() != index).sum())
+    # Numbers that no byte holds among them: their lowest byte would equal another. All are compared in float32.
+    for index in (low, high, low - 1, high + 1, 0.5, high * (1 + 1e-9), 1e-46, 1e300, -1e300):
+        expected = int((target.float() != torch.tensor(index)).sum())
         assert torch.ops.bce_ext._count_valid(target, index) == expected, index
 
 

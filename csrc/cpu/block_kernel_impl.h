@@ -130,7 +130,7 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
 
 template <typename Byte>
 BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t begin, int64_t end) {
-  const double ignored = problem.ignore_index;
+  const float ignored = static_cast<float>(problem.ignore_index);  // as the kernels of losses compare it
   ChunkResult result;
   result.sum = static_cast<double>(end - begin);
   const bool is_byte = ignored >= std::numeric_limits<Byte>::min() && ignored <= std::numeric_limits<Byte>::max() &&

@@ -85,8 +85,8 @@ struct Asymmetric : FormulaOfLogit {
   // The share v that the other class gets of a hard label, with no clip for a 1:
   //   u = max(v - clip, 0)       loss = -log(max(1-u, eps)) * u^g
   // By the logit that speaks against the label:
-  //   du = v * (1-v)             dloss = u^(g-1) * (u / (1-u) - g * log(1-u)) * du
-  // where 1-u is not bounded. What is clipped has no gradient.
+  //   du = v * (1-v)             dloss = u^g * du / (1-u) - g * u^(g-1) * log(1-u) * du
+  // where 1-u is not bounded, and nothing where v is clipped.
   template <typename T, typename Weight>
   BCE_EXT_HOST_DEVICE Terms<T> evaluate_hard(T x, T y, Weight w, One, T scale, T smaller) const {
     const T zero = T(0), bound = T(eps);
@@ -98,8 +98,11 @@ struct Asymmetric : FormulaOfLogit {
     const T log_own = math::log_by_complement(own, u);
     const Focus<T> focused = focus_of_hard(u, label.is_positive);
     const T gamma = math::select(label.is_positive, T(attached * of_positive.gamma), T(attached * of_negative.gamma));
-    const T by_entropy = math::select(rest < bound, zero, math::divide(focused.base, own));
-    const T slope = (by_entropy - gamma * log_own) * (focused.previous * (label.share * label.rest));
+    T du = label.share * label.rest;
+    // Any other power of a clipped share is 0, as its logarithm is.
+    if (of_negative.gamma == Scalar(0)) du = math::select(label.share < clipping, zero, du);
+    const T by_entropy = math::select(rest < bound, zero, math::divide(du, own)) * focused.power;
+    const T slope = by_entropy - log_own * (gamma * (focused.previous * du));
 
     Terms<T> terms;
     terms.loss = -log_own * focused.power;
@@ -127,8 +130,7 @@ struct Asymmetric : FormulaOfLogit {
     const Focus<T> positive = focus_of_factors(u, of_positive.factors);
     const Focus<T> negative = focus_of_factors(u, of_negative.factors);
     return {math::select(is_positive, positive.power, negative.power),
-            math::select(is_positive, positive.previous, negative.previous),
-            math::select(is_positive, positive.base, negative.base)};
+            math::select(is_positive, positive.previous, negative.previous)};
   }
 
   Exponent<Scalar> of_negative, of_positive;

@@ -35,29 +35,27 @@ struct Exponent {
   }
 };
 
-// u^gamma is base * previous: u * u^(gamma-1), and 1 * 1 at exponent 0. The base is 0 wherever u is.
+// u^gamma and u^(gamma-1), the latter without a meaning at exponent 0.
 template <typename T>
 struct Focus {
-  T power, previous, base;
+  T power, previous;
 };
 
 template <typename T>
 BCE_EXT_HOST_DEVICE Focus<T> focus_of_factors(T u, int factors) {
-  if (factors == 0) return {T(1), T(1), math::select(u == T(0), T(0), T(1))};
-  if (factors == 1) return {u, T(1), u};
+  if (factors == 0) return {T(1), T(0)};
+  if (factors == 1) return {u, T(1)};
   const T square = u * u;
-  if (factors == 2) return {square, u, u};
-  if (factors == 3) return {square * u, square, u};
-  return {square * square, square * u, u};
+  if (factors == 2) return {square, u};
+  if (factors == 3) return {square * u, square};
+  return {square * square, square * u};
 }
 
-// For any exponent. u^(gamma-1) is 0 where u is and gamma is not.
+// For any exponent. u^(gamma-1) is 0 where u is.
 template <typename T>
 BCE_EXT_HOST_DEVICE Focus<T> focus_by_power(T u, T gamma) {
   const T power = math::power(u, gamma);
-  const T base = math::select(gamma == T(0), T(1), u);
-  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), base)),
-          math::select(u == T(0), T(0), base)};
+  return {power, math::divide(power, math::at_least(T(math::Format<T>::kSmallestNormal), u))};
 }
 
 // For one exponent.

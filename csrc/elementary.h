@@ -165,7 +165,7 @@ template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
   const T rest = (f * f) * centred_log1p_rest(f, Scalar<T>());
   if constexpr (Number<T>::kHasMultiplyAdd && std::is_same_v<Scalar<T>, float>) {
-    return n * Format<T>::kLn2 + (rest + f);
+    return n * Format<T>::kLn2 + (rounded(rest) + f);
   } else {
     return n * Format<T>::kLn2High + ((rest + n * Format<T>::kLn2Low) + f);
   }

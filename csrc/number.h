@@ -164,4 +164,12 @@ BCE_EXT_HOST_DEVICE T weighted(T weight, T value) {
 
 }  // namespace math
 
+// The same number, which a compiler must have rounded. It may compute a * b + c with one rounding or with two, a * b +
+// c * d with either product rounded, and does one or the other from kernel to kernel: here for one number, in
+// cpu/pack.h for several.
+template <typename T>
+BCE_EXT_HOST_DEVICE T rounded(T number) {
+  return number;
+}
+
 }  // namespace bce_ext

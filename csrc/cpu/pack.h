@@ -67,8 +67,7 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
 };
 
-// The same numbers, which a compiler must have rounded. It may compute a * b + c with one rounding or with two, and
-// does either from kernel to kernel.
+// See number.h.
 template <typename T, int kBytes>
 BCE_EXT_HOST_DEVICE Pack<T, kBytes> rounded(Pack<T, kBytes> numbers) {
 #if defined(__x86_64__)

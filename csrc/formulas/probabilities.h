@@ -80,7 +80,8 @@ struct Probabilities : FormulaDefaults {
     const T bounded_log_rest = math::at_least(T(-100), log_rest);
 
     Terms<T> terms;
-    terms.loss = -(y * bounded_log_q + (T(1) - y) * bounded_log_rest);
+    // A loss has the same bits with a gradient and without.
+    terms.loss = -(rounded(y * bounded_log_q) + (T(1) - y) * bounded_log_rest);
     terms.summand = terms.loss;
     terms.grad_input = slope_of(q, y);
     terms.grad_target = log_rest - log_q;

@@ -159,16 +159,11 @@ BCE_EXT_HOST_DEVICE Split<T> split(T u) {
           from_bits<T>((2 * kBias - biased) << Format<T>::kMantissaBits)};
 }
 
-// log(2^n * (1 + f)), which is at least 0.34 from 0 where n is not 0: what the rounded ln(2) of float lacks is then
-// below a tenth of an ULP.
+// log(2^n * (1 + f)). n times the high part of ln(2) is exact, so that it does not matter whether a compiler rounds it.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
-  const T rest = (f * f) * centred_log1p_rest(f, Scalar<T>());
-  if constexpr (Number<T>::kHasMultiplyAdd && std::is_same_v<Scalar<T>, float>) {
-    return n * Format<T>::kLn2 + (rounded(rest) + f);
-  } else {
-    return n * Format<T>::kLn2High + ((rest + n * Format<T>::kLn2Low) + f);
-  }
+  const T rest = rounded((f * f) * centred_log1p_rest(f, Scalar<T>()));
+  return n * Format<T>::kLn2High + ((rest + n * Format<T>::kLn2Low) + f);
 }
 
 // log1p(p) for p >= 0, below the largest power of two. No rounding of 1 + p is felt, as f is not computed from it.

@@ -165,8 +165,8 @@ BCE_EXT_HOST_DEVICE T weighted(T weight, T value) {
 }  // namespace math
 
 // The same number, which a compiler must have rounded. It may compute a * b + c with one rounding or with two, a * b +
-// c * d with either product rounded, and does one or the other from kernel to kernel: here for one number, in
-// cpu/pack.h for several.
+// c * d with either product rounded, and does one or the other from kernel to kernel. Held to for packs (cpu/pack.h);
+// for a single number, as on a GPU, this does nothing.
 template <typename T>
 BCE_EXT_HOST_DEVICE T rounded(T number) {
   return number;

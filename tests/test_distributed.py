@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +261,15 @@ def worker(rank: int, port: int, directory: str) -> None:
             outcome = error
         torch.save(outcome if not isinstance(outcome, Exception) else repr(outcome), Path(directory) / f"{name}.{rank}")
         dist.barrier()
-    dist.destroy_process_group()
+    leave_together(rank, Path(directory))
+
+
+def leave_together(rank: int, directory: Path) -> None:
+    """Ends the process when all are done: gloo aborts one whose peer is gone, and one whose interpreter is torn down with its threads."""
+    (directory / f"done.{rank}").touch()
+    while len(list(directory.glob("done.*"))) < WORLD:
+        time.sleep(0.01)
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -270,13 +279,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = "import sys; sys.path.insert(0, sys.argv[1]); import test_distributed as t; t.worker(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    command = [sys.executable, "-X", "faulthandler", "-c", program, str(Path(__file__).parent)]
     processes = [
         subprocess.Popen([*command, str(rank), str(port), str(directory)], stderr=subprocess.PIPE, text=True)
         for rank in range(WORLD)
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
+    # The last words of a process that a signal ended come last: what the others then say follows from it.
+    ends = sorted(zip((process.returncode for process in processes), errors, strict=True), reverse=True)
+    assert all(code == 0 for code, _ in ends), "\n".join(
+        f"exit status {code}:\n{error[-6000:]}" for code, error in ends
+    )
     return {name: [torch.load(directory / f"{name}.{rank}") for rank in range(WORLD)] for name in SCENARIOS}
 
 

@@ -86,6 +86,14 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   return bce_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
 
+// The loss and the gradient of a reduction, for which stores_gradient.
+std::tuple<Tensor, Tensor> loss_and_grad(const Arguments& given, int64_t reduction, at::ScalarType dtype) {
+  if (kernel_counts_valid(given, reduction)) return bce_mean_of_valid(given, dtype, /*wants_gradient=*/true);
+  const OptionalTensor normalizer = normalizer_of(given, reduction);
+  const Arguments arguments = given.with_normalizer(normalizer);
+  return bce_loss_and_grad(arguments, divisor_of(arguments, reduction), dtype);
+}
+
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -95,7 +103,7 @@ struct BCEFunction {
     Tensor loss;
     if (stored) {
       Tensor gradient;
-      std::tie(loss, gradient) = bce_loss_and_grad(arguments, divisor_of(arguments, reduction), dtype);
+      std::tie(loss, gradient) = loss_and_grad(arguments, reduction, dtype);
       ctx->saved_data[kGradient] = std::move(gradient);
     } else {
       loss = loss_without_grad(arguments, reduction, dtype);
@@ -121,19 +129,23 @@ struct BCEFunction {
       return {scaled(std::move(gradient), grad_output), Tensor()};
     }
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]), normalizer = optional(saved[4]);
+    const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]),
+                         saved_normalizer = optional(saved[4]);
     const auto numbers = Numbers::unpack(saved_data[kNumbers].toInt());
     const auto saved_options = saved_data.find(kOptions);
     const auto options =
         saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
-    const Arguments arguments{saved[0], saved[1], weight, pos_weight, normalizer, numbers.formula, options};
-    const auto divisor = divisor_of(arguments, numbers.reduction);
+    const Arguments kept{saved[0], saved[1], weight, pos_weight, saved_normalizer, numbers.formula, options};
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
-      check_arguments(arguments);  // before the dispatcher resolves a negated view of memory that is gone
+      check_arguments(kept);  // before the dispatcher resolves a negated view of memory that is gone
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return {scaled(std::get<1>(bce_loss_and_grad(arguments, divisor, numbers.dtype)), grad_output), Tensor()};
+      return {scaled(std::get<1>(loss_and_grad(kept, numbers.reduction, numbers.dtype)), grad_output), Tensor()};
     }
+    // A kernel that counted by itself kept no normalizer.
+    const OptionalTensor normalizer = normalizer_of(kept, numbers.reduction);
+    const Arguments arguments = kept.with_normalizer(normalizer);
+    const auto divisor = divisor_of(arguments, numbers.reduction);
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = differentiable_backward(arguments, grad_output, divisor, wanted);
     return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
@@ -176,10 +188,13 @@ Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at:
   check_reduction(given, reduction);
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(given));
   check_loss_dtype(dtype);
-  const OptionalTensor normalizer = normalizer_of(given, reduction);
+  const bool has_graph = needs_graph(given);
+  const bool kernel_counts = kernel_counts_valid(given, reduction) && !needs_composite(given) &&
+                             (!has_graph || stores_gradient(given, reduction));
+  const OptionalTensor normalizer = kernel_counts ? std::nullopt : normalizer_of(given, reduction);
   const Arguments arguments = given.with_normalizer(normalizer);
   if (needs_composite(arguments)) return composite_loss(arguments, reduction, dtype);
-  if (!needs_graph(arguments)) {
+  if (!has_graph) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return loss_without_grad(arguments, reduction, dtype);
   }
@@ -217,6 +232,20 @@ std::tuple<Tensor, Tensor> loss_and_grad_autograd(const Arguments& arguments, c1
   return bce_loss_and_grad(arguments, std::move(divisor), dtype);
 }
 
+std::tuple<Tensor, Tensor> mean_of_valid_autograd(const Arguments& given, at::ScalarType dtype, bool wants_gradient) {
+  check_arguments(given);
+  check_loss_dtype(dtype);
+  check_mean_of_valid(given);
+  if (!needs_graph(given) && !needs_composite(given)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return bce_mean_of_valid(given, dtype, wants_gradient);
+  }
+  const OptionalTensor normalizer = normalizer_of(given, at::Reduction::Mean);
+  const Arguments arguments = given.with_normalizer(normalizer);
+  if (wants_gradient) return loss_and_grad_autograd(arguments, 1, dtype);
+  return {loss_autograd(arguments, /*reduce=*/true, 1, dtype), at::empty({0}, given.input.options())};
+}
+
 // A number of elements has no derivative.
 Tensor count_valid_autograd(const Tensor& target, double ignore_index) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -230,6 +259,7 @@ TORCH_LIBRARY_IMPL(bce_ext, Autograd, m) {
   m.impl("_bce_loss", Flat<loss_autograd>::call);
   m.impl("_bce_loss_and_grad", Flat<loss_and_grad_autograd>::call);
   m.impl("_bce_backward", Flat<backward_autograd>::call);
+  m.impl("_bce_mean_of_valid", Flat<mean_of_valid_autograd>::call);
   m.impl("_count_valid", count_valid_autograd);
 }
 

@@ -186,6 +186,11 @@ void check_count(const Tensor& target, double ignore_index) {
   check_storage(target, "target");
 }
 
+void check_mean_of_valid(const Arguments& arguments) {
+  TORCH_CHECK_VALUE(arguments.ignore_index() && !is_defined(arguments.normalizer),
+                    "_bce_mean_of_valid: expected an ignore_index and no normalizer");
+}
+
 void check_arguments(const Arguments& arguments) {
   check_options(arguments);
   const Tensor& input = arguments.input;

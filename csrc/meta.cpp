@@ -38,6 +38,12 @@ std::tuple<Tensor, Tensor> backward_meta(const Arguments& arguments, const Tenso
           output_mask[1] ? empty_output(input, target.scalar_type()) : at::empty({0}, target.options())};
 }
 
+std::tuple<Tensor, Tensor> mean_of_valid_meta(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
+  check_mean_of_valid(arguments);
+  auto [loss, grad_input] = loss_and_grad_meta(arguments, 1, dtype);
+  return {loss, wants_gradient ? grad_input : at::empty({0}, arguments.input.options())};
+}
+
 void scale_grad_meta(Tensor& grad, const Tensor& /*grad_output*/) {
   TORCH_CHECK(grad.is_meta(), "_scale_grad_: expected grad_output on the device of grad (", grad.device(),
               "), but got meta");
@@ -54,6 +60,7 @@ TORCH_LIBRARY_IMPL(bce_ext, Meta, m) {
   m.impl("_bce_loss", Flat<loss_meta>::call);
   m.impl("_bce_loss_and_grad", Flat<loss_and_grad_meta>::call);
   m.impl("_bce_backward", Flat<backward_meta>::call);
+  m.impl("_bce_mean_of_valid", Flat<mean_of_valid_meta>::call);
   m.impl("_scale_grad_", scale_grad_meta);
   m.impl("_count_valid", count_valid_meta);
 }

@@ -50,6 +50,11 @@ c10::SymInt divisor_of(const Arguments& arguments, int64_t reduction) {
 
 bool has_kernel(const Tensor& input) { return input.is_cpu() || input.is_cuda() || input.is_meta(); }
 
+bool kernel_counts_valid(const Arguments& arguments, int64_t reduction) {
+  return reduction == at::Reduction::Mean && !is_defined(arguments.normalizer) && arguments.ignore_index() &&
+         arguments.input.is_cpu() && is_plain(arguments.input) && is_plain(arguments.target);
+}
+
 OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction) {
   if (reduction != at::Reduction::Mean || is_defined(arguments.normalizer)) return arguments.normalizer;
   const auto ignore_index = arguments.ignore_index();
@@ -58,6 +63,7 @@ OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction) {
 
 Tensor loss_without_grad(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
   if (!has_kernel(arguments.input)) return composite_loss(arguments, reduction, dtype);
+  if (kernel_counts_valid(arguments, reduction)) return std::get<0>(bce_mean_of_valid(arguments, dtype, false));
   return bce_loss(arguments, reduction != at::Reduction::None, divisor_of(arguments, reduction), dtype);
 }
 
@@ -83,6 +89,12 @@ std::tuple<Tensor, Tensor> bce_backward(const Arguments& arguments, const Tensor
       find_operator<Signature<std::tuple<Tensor, Tensor>, const Tensor&, c10::SymInt, std::array<bool, 2>>>(
           "bce_ext::_bce_backward");
   return call(op, arguments, grad_output, std::move(divisor), output_mask);
+}
+
+std::tuple<Tensor, Tensor> bce_mean_of_valid(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
+  static const auto op =
+      find_operator<Signature<std::tuple<Tensor, Tensor>, at::ScalarType, bool>>("bce_ext::_bce_mean_of_valid");
+  return call(op, arguments, dtype, wants_gradient);
 }
 
 void scale_grad_(Tensor& grad, const Tensor& grad_output) {
@@ -140,6 +152,10 @@ TORCH_LIBRARY(bce_ext, m) {
   // A gradient that output_mask does not ask for is an empty tensor.
   m.def("_bce_backward(" BCE_EXT_ARGUMENTS
         ", Tensor grad_output, SymInt divisor, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
+  // The mean over the elements that are not ignored, whose number is then no tensor. On the CPU, where the count leaves
+  // the pass less to read. A gradient that is not wanted is an empty tensor.
+  m.def("_bce_mean_of_valid(" BCE_EXT_ARGUMENTS
+        ", ScalarType dtype, bool wants_gradient) -> (Tensor loss, Tensor grad_input)");
   // grad *= grad_output, one number, and nothing at all when that is 1.
   m.def("_scale_grad_(Tensor(a!) grad, Tensor grad_output) -> ()");
   // The number of elements that do not equal ignore_index, in float64.

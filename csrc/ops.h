@@ -72,6 +72,7 @@ bool is_arithmetic(at::ScalarType type);
 // there, NotImplementedError for logits that are not real floating point numbers in a strided tensor.
 void check_arguments(const Arguments& arguments);
 void check_count(const Tensor& target, double ignore_index);
+void check_mean_of_valid(const Arguments& arguments);
 void check_reduction(const Arguments& arguments, int64_t reduction);
 void check_loss_dtype(at::ScalarType dtype);
 void check_grad_output(const Tensor& grad_output, const Arguments& arguments);
@@ -92,10 +93,14 @@ c10::SymInt divisor_of(const Arguments& arguments, int64_t reduction);
 // Whether there are kernels for the device of the input; elsewhere the composite formula serves.
 bool has_kernel(const Tensor& input);
 
+// Whether a kernel counts the elements that a `mean` does not ignore by itself, with bce_mean_of_valid; elsewhere that
+// is what normalizer_of is for. Nobody else may want to see the count.
+bool kernel_counts_valid(const Arguments& arguments, int64_t reduction);
+
 // The normalizer of a loss: the one that is given, or the number of elements that a `mean` does not ignore.
 OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction);
 
-// The loss, outside of any gradient graph. The normalizer is that of normalizer_of.
+// The loss, outside of any gradient graph. The normalizer is that of normalizer_of, unless a kernel counts by itself.
 Tensor loss_without_grad(const Arguments& arguments, int64_t reduction, at::ScalarType dtype);
 
 // The internal operators, called through the dispatcher. bce is the loss with all that belongs to it.
@@ -104,6 +109,7 @@ Tensor bce_loss(const Arguments& arguments, bool reduce, c10::SymInt divisor, at
 std::tuple<Tensor, Tensor> bce_loss_and_grad(const Arguments& arguments, c10::SymInt divisor, at::ScalarType dtype);
 std::tuple<Tensor, Tensor> bce_backward(const Arguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
                                         std::array<bool, 2> output_mask);
+std::tuple<Tensor, Tensor> bce_mean_of_valid(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient);
 void scale_grad_(Tensor& grad, const Tensor& grad_output);
 Tensor count_valid(const Tensor& target, double ignore_index);
 

@@ -50,6 +50,12 @@ struct Output {
   Dtype dtype = Dtype::Float;
 };
 
+// Targets that are 0, 1 or ignored in two bits each, the first in the lowest ones. One that is not valid is ignored.
+struct LabelCodes {
+  static constexpr int64_t kLabels = 32;
+  uint32_t ones, valid;
+};
+
 // What is computed of each element: see formulas.h. Its numbers are those of the internal operators.
 enum class Formula : int8_t { WithLogits, Probabilities, Focal, Asymmetric };
 constexpr int kFormulas = 4;
@@ -89,6 +95,7 @@ struct Problem {
   int64_t sizes[kMaxDims] = {};  // outermost first
 
   Operand input, target, weight, pos_weight, grad_output;
+  LabelCodes* label_codes = nullptr;  // the target once more, for a CPU: written by a count, read by another pass
   Output loss, grad_input, grad_target;
 
   bool adjusts_target() const { return ignores || label_smoothing != 0.0; }

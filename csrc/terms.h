@@ -57,29 +57,35 @@ struct TargetRule {
 
   BCE_EXT_HOST_DEVICE bool ignores() const { return ignore_index == ignore_index; }
 
+  // Whether an element with target y is not ignored.
+  template <typename T>
+  BCE_EXT_HOST_DEVICE auto is_valid(T y) const {
+    return y != T(ignore_index);
+  }
+
   template <typename T>
   BCE_EXT_HOST_DEVICE T smoothed(T y) const {
     return y * slope + offset;
   }
 
-  // A term of an element with target y: 0 where that is ignored.
-  template <typename T>
-  BCE_EXT_HOST_DEVICE T unless_ignored(T y, T term) const {
-    return math::select(y == T(ignore_index), T(0), term);
-  }
-
   Scalar slope, offset, ignore_index;
 };
 
-// The terms of an element with target `y`, by `rule`: none where it is ignored.
-template <typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
+// A term of an element: 0 where that is ignored.
+template <typename T>
+BCE_EXT_HOST_DEVICE T if_valid(math::Condition<T> valid, T term) {
+  return math::select(valid, term, T(0));
+}
+
+// The terms of an element with target `y`, by `rule`: none where it is not `valid`.
+template <typename Formula, typename T, typename Valid, typename Weight, typename PosWeight, typename Scalar>
 BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
-                                              Weight w, PosWeight p, T scale, T first) {
+                                              Valid valid, Weight w, PosWeight p, T scale, T first) {
   Terms<T> terms = formula.evaluate(x, rule.smoothed(y), w, p, scale, first);
-  terms.loss = rule.unless_ignored(y, terms.loss);
-  terms.summand = rule.unless_ignored(y, terms.summand);
-  terms.grad_input = rule.unless_ignored(y, terms.grad_input);
-  terms.grad_target = rule.unless_ignored(y, terms.grad_target * rule.slope);
+  terms.loss = if_valid(valid, terms.loss);
+  terms.summand = if_valid(valid, terms.summand);
+  terms.grad_input = if_valid(valid, terms.grad_input);
+  terms.grad_target = if_valid(valid, terms.grad_target * rule.slope);
   return terms;
 }
 

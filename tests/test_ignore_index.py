@@ -13,8 +13,8 @@ from torch import Tensor
 IGNORE = -100
 POISON = [float("nan"), float("inf"), float("-inf"), 1e38, -1e38]
 
-# Less than a vector; blocks and a rest; the chunks of several threads.
-SIZES = [LANES - 1, 2 * BLOCK + LANES + 3, 2 * CHUNK + 77]
+# Less than a vector; blocks and a rest; the chunks of several threads; enough for label codes.
+SIZES = [LANES - 1, 2 * BLOCK + LANES + 3, 2 * CHUNK + 77, (1 << 18) + CHUNK + 77]
 
 
 def with_ignored(

@@ -61,6 +61,7 @@ def test_every_operator_is_checked_here() -> None:
         "_bce_loss",
         "_bce_loss_and_grad",
         "_bce_backward",
+        "_bce_mean_of_valid",
         "_scale_grad_",
         "_count_valid",
         "empty_cache",
@@ -140,6 +141,19 @@ def test_scale_grad(grad_output: float, device: str) -> None:
     opcheck(OPS._scale_grad_.default, gradient.clone(), torch.tensor(grad_output, device=device))
     OPS._scale_grad_(gradient, torch.tensor(grad_output, device=device))
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+@pytest.mark.parametrize("with_logits", [True, False], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("case", ["no_grad", "grad", "weights", "weights_require_grad", "transposed"])
+def test_bce_mean_of_valid(case: str, with_logits: bool, wants_gradient: bool) -> None:
+    # A kernel of the CPU alone.
+    args = (*tensors(case, "cpu", with_logits), None, 0 if with_logits else 1, [0.1, 0.0])
+    opcheck(OPS._bce_mean_of_valid.default, *args, torch.float32, wants_gradient)
+    with pytest.raises(ValueError, match="expected an ignore_index and no normalizer"):
+        OPS._bce_mean_of_valid(*args[:4], torch.tensor(2.0), *args[5:], torch.float32, wants_gradient)
+    with pytest.raises(ValueError, match="expected an ignore_index and no normalizer"):
+        OPS._bce_mean_of_valid(*args[:6], [], torch.float32, wants_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)

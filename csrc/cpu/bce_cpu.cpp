@@ -124,6 +124,41 @@ double run_chunks(Problem& problem) {
   return sum_pairwise(sums);
 }
 
+// The number of targets that are not ignored. Where problem.label_codes has room for their codes, it is left there only
+// if every target has one.
+int64_t count_chunks(Problem& problem) {
+  Problem counting = problem;
+  counting.counts = true;
+  Problem encoding = counting;
+  counting.label_codes = nullptr;
+  const ChunkKernel count = chunk_kernel(counting, isa()), encode = chunk_kernel(encoding, isa());
+  std::atomic<int64_t> valid = 0;
+  std::atomic<bool> encodes = encoding.label_codes != nullptr;
+  run_in_shares(num_chunks(problem.numel), [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, problem.numel);
+    const bool encodes_this = encodes.load(std::memory_order_relaxed);
+    const ChunkResult result = encodes_this ? encode(encoding, begin, end) : count(counting, begin, end);
+    if (encodes_this && !result.has_codes) encodes = false;
+    valid += static_cast<int64_t>(result.sum);
+  });
+  if (!encodes) problem.label_codes = nullptr;
+  return valid;
+}
+
+// Whether the count should leave codes: few targets are still in a cache when they are read again, and to take codes
+// apart pays for 64-bit integers only. Elsewhere there are no instructions to make them with.
+bool wants_label_codes(const Problem& problem) {
+#if defined(__x86_64__)
+  constexpr int64_t kLargestCached = 1 << 20;
+  const int64_t bytes = size_of(problem.target.dtype);
+  return !problem.compute_in_double && problem.numel * bytes > kLargestCached &&
+         (computes_from_codes(problem) || bytes == 8);
+#else
+  (void)problem;
+  return false;
+#endif
+}
+
 Tensor number(double value, at::ScalarType dtype) {
   Tensor result = empty_output({}, {}, dtype);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "number",
@@ -161,17 +196,43 @@ struct Cpu {
       return composite_count_valid(target, ignore_index);
     }
     Problem problem;
-    problem.counts = true;
     problem.compute_in_double = dtype == at::kDouble;
     problem.ignore_index = as_label(ignore_index, dtype);
     problem.numel = target.numel();
     problem.target = flat_operand(target);
-    return number(run_chunks(problem), at::kDouble);
+    return number(static_cast<double>(count_chunks(problem)), at::kDouble);
   }
 };
 
+// The mean over the elements that are not ignored, which it counts, and the gradient if it is wanted.
+std::tuple<Tensor, Tensor> mean_of_valid(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
+  check_mean_of_valid(arguments);
+  const Tensor& input = arguments.input;
+  Pass pass(arguments, dtype, /*divisor=*/1);
+  Problem& problem = pass.problem;
+  Tensor codes;
+  if (problem.target.layout == Layout::Flat) {
+    if (wants_label_codes(problem)) {
+      constexpr int64_t kBytes = sizeof(LabelCodes), kLabels = LabelCodes::kLabels;
+      codes = Cpu::empty({(problem.numel + kLabels - 1) / kLabels * kBytes}, {1}, at::kByte, input);
+      problem.label_codes = static_cast<LabelCodes*>(codes.mutable_data_ptr());
+    }
+    problem.divisor = static_cast<double>(count_chunks(problem));
+  } else {
+    problem.divisor = Cpu::count_valid(arguments.target, problem.ignore_index).item<double>();
+  }
+  Tensor grad_input = wants_gradient ? empty_output<Cpu>(pass, input.scalar_type(), input)
+                                     : Cpu::empty({0}, {1}, input.scalar_type(), input);
+  problem.reduce = true;
+  if (wants_gradient) problem.grad_input = output_of(grad_input);
+  return {Cpu::run_and_sum(problem, dtype, input), std::move(grad_input)};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bce_ext, CPU, m) { register_pass_operators<Cpu>(m); }
+TORCH_LIBRARY_IMPL(bce_ext, CPU, m) {
+  register_pass_operators<Cpu>(m);
+  m.impl("_bce_mean_of_valid", Flat<mean_of_valid>::call);
+}
 
 }  // namespace bce_ext

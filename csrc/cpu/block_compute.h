@@ -5,6 +5,7 @@
 
 #include "../formulas.h"
 #include "block_read.h"
+#include "label_codes.h"
 #include "memory_access.h"
 
 namespace bce_ext {
@@ -34,8 +35,12 @@ struct Ahead {
 
 template <typename T, typename S = T>
 BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
-  constexpr int64_t kStep = kCacheLine / sizeof(S);
-  for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
+  if constexpr (std::is_same_v<S, LabelCodes>) {
+    __builtin_prefetch(stream.data + begin / LabelCodes::kLabels * sizeof(LabelCodes));
+  } else {
+    constexpr int64_t kStep = kCacheLine / sizeof(S);
+    for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
+  }
 }
 
 template <bool kGiven, typename T>
@@ -103,13 +108,14 @@ BCE_EXT_HOST_DEVICE T first_stage(const Formula& formula, T x, T y) {
   }
 }
 
-template <Labels kLabels, typename Formula, typename T, typename Weight, typename PosWeight, typename Scalar>
-BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Weight w,
-                                      PosWeight p, T scale, T first) {
+template <Labels kLabels, typename Formula, typename T, typename Valid, typename Weight, typename PosWeight,
+          typename Scalar>
+BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Valid valid,
+                                      Weight w, PosWeight p, T scale, T first) {
   if constexpr (kLabels == Labels::Hard) {
     return formula.evaluate_hard(x, y, w, p, scale, first);
   } else if constexpr (kLabels == Labels::Adjusted) {
-    return evaluate_by_rule(formula, rule, x, y, w, p, scale, first);
+    return evaluate_by_rule(formula, rule, x, y, valid, w, p, scale, first);
   } else {
     return formula.evaluate(x, y, w, p, scale, first);
   }
@@ -124,16 +130,15 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   const auto* __restrict const y = static_cast<const typename Memory::Y*>(block.y);
   auto* __restrict const grad_input = static_cast<typename Memory::G*>(block.grad_input);
   T* __restrict const first = block.first;
-  const Numbers<T> ignored = constants.rule.ignore_index;
   // Stays without a meaning where nothing depends on it.
   constexpr bool kHasFirstStage = !Formula::kGradInputIsOneStage || kWanted != kGradInput;
   for (int64_t i = 0; kHasFirstStage && i < n; i += kLanes<T>) {
     prefetch<T, typename Memory::X>(next.x, i);
-    const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
+    const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
     Numbers<T> stage = first_stage<kLabels>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
     if constexpr (kLabels == Labels::Adjusted && (kWanted & kSum) != 0) {
-      stage = math::select(target == ignored, Numbers<T>(T(0)), stage);
+      stage = if_valid(valid_of(y, i, target, constants.rule), stage);
     }
     stage.store(first + i);
   }
@@ -152,9 +157,11 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
-      const Numbers<T> input = load<Numbers<T>>(x + i), target = load<Numbers<T>>(y + i);
+      const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
+      const auto valid = valid_of(y, i, target, constants.rule);
       const Numbers<T> stage = kHasFirstStage ? Numbers<T>::load(first + i) : Numbers<T>(T(0));
-      const auto terms = evaluate<kLabels>(formula, constants.rule, input, target, weight, pos_weight, scale, stage);
+      const auto terms =
+          evaluate<kLabels>(formula, constants.rule, input, target, valid, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
       if constexpr ((kWanted & kSum) != 0 && kJoins) sum = sum + terms.summand;
       if constexpr ((kWanted & kSum) != 0 && !kJoins) sum = sum + rounded(terms.summand);

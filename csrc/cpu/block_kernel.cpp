@@ -29,6 +29,12 @@ bool is_supported(Isa isa) {
   return isa == Isa::Baseline;
 }
 
+bool computes_from_codes(const Problem& problem) {
+  return problem.formula == Formula::WithLogits && problem.weight.layout == Layout::Absent &&
+         problem.pos_weight.layout == Layout::Absent && problem.input.layout == Layout::Flat &&
+         problem.input.dtype == Dtype::Float && !problem.compute_in_double;
+}
+
 ChunkKernel chunk_kernel(const Problem& problem, Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::Avx512) return avx512::select_chunk_kernel(problem);

@@ -24,6 +24,7 @@ struct InvalidElement {
 struct ChunkResult {
   double sum = 0.0;                       // of the losses, when the problem says `reduce`
   std::optional<InvalidElement> invalid;  // the first one; what was computed is then without meaning
+  bool has_codes = false;                 // of a count: whether every target has one
 };
 
 // The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk
@@ -32,6 +33,9 @@ constexpr int64_t kChunk = 8192;
 
 // Evaluates the elements [begin, end) of the walk, at most kChunk of them.
 using ChunkKernel = ChunkResult (*)(const Problem& problem, int64_t begin, int64_t end);
+
+// Whether the kernel for a problem computes from label codes as they are; others take them apart first.
+bool computes_from_codes(const Problem& problem);
 
 // The kernel for a problem: chosen once per pass, then called for each chunk by any thread. `isa` must be supported.
 ChunkKernel chunk_kernel(const Problem& problem, Isa isa);

@@ -33,7 +33,7 @@ namespace {
 template <typename T, typename Formula>
 BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin, int64_t end, Summation summation) {
   OperandReader<T> input(problem, problem.input, end - begin);
-  OperandReader<T> target(problem, problem.target, end - begin);
+  TargetReader<T> target(problem, end - begin);
   WeightReader<T> weight(problem, end - begin);
   OperandReader<T> pos_weight(problem, problem.pos_weight, end - begin);
   OutputWriter<T> loss(problem, problem.loss);
@@ -66,7 +66,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
       block.grad_input = grad_input.place(at);
       block.grad_past_caches = grad_input.goes_past_caches(block.grad_input);
       kernels.in_place(n, constants, block);
-      if (problem.hard_labels && !result.invalid) {
+      if (problem.hard_labels && problem.label_codes == nullptr && !result.invalid) {
         result.invalid = find_invalid_label(n, static_cast<const int64_t*>(block.y));
       }
     } else {
@@ -131,30 +131,45 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
 template <typename Byte>
 BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t begin, int64_t end) {
   const float ignored = static_cast<float>(problem.ignore_index);  // as the kernels of losses compare it
-  ChunkResult result;
-  result.sum = static_cast<double>(end - begin);
   const bool is_byte = ignored >= std::numeric_limits<Byte>::min() && ignored <= std::numeric_limits<Byte>::max() &&
                        ignored == static_cast<Byte>(ignored);
-  if (!is_byte) return result;
+  const int byte = is_byte ? static_cast<uint8_t>(static_cast<Byte>(ignored)) : -1;
+  const auto* const bytes = static_cast<const uint8_t*>(problem.target.data);
   constexpr int64_t kMost = 128 * BCE_EXT_VECTOR_BYTES;
-  for (int64_t at = begin; at < end; at += kMost) {
-    const void* const bytes = static_cast<const Byte*>(problem.target.data) + at;
-    result.sum -= static_cast<double>(
-        count_equal_bytes(smaller(kMost, end - at), bytes, static_cast<uint8_t>(static_cast<Byte>(ignored))));
+  ChunkResult result;
+  result.sum = static_cast<double>(end - begin);
+  for (int64_t at = begin; is_byte && at < end; at += kMost) {
+    result.sum -= static_cast<double>(count_equal_bytes(smaller(kMost, end - at), bytes + at, byte));
+  }
+  if (problem.label_codes != nullptr) {
+    result.has_codes =
+        encode_bytes(end - begin, bytes + begin, byte, problem.label_codes + begin / LabelCodes::kLabels);
   }
   return result;
 }
 
 template <typename T>
 BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, int64_t end) {
-  OperandReader<T> target(problem, problem.target, end - begin);
+  OperandReader<T> reader(problem, problem.target, end - begin);
   const T ignored = static_cast<T>(problem.ignore_index);
-  int64_t count = end - begin;
+  int64_t count = 0;
+  ChunkResult result;
+  result.has_codes = problem.label_codes != nullptr;
   for (int64_t at = begin; at < end; at += kBlock<T>) {
     const int64_t n = smaller(kBlock<T>, end - at);
-    count -= count_equal(n, target.block(at, n), ignored);
+    const T* const targets = reader.block(at, n);
+    if constexpr (std::is_same_v<T, float>) {
+      if (result.has_codes) {
+        const auto valid = encode_labels(n, targets, ignored, problem.label_codes + at / LabelCodes::kLabels);
+        if (valid) {
+          count += *valid;
+          continue;
+        }
+        result.has_codes = false;
+      }
+    }
+    count += n - count_equal(n, targets, ignored);
   }
-  ChunkResult result;
   result.sum = static_cast<double>(count);
   return result;
 }

@@ -160,6 +160,21 @@ BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wa
   return nullptr;
 }
 
+// As select_compute_in_place, of logits beside the codes of their targets, for sums that join logarithms.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute_of_codes(const Problem& problem, int wanted) {
+  if constexpr (std::is_same_v<T, float> && Formula::kJoinsLogarithms) {
+    const bool reads_floats = problem.input.layout == Layout::Flat && problem.input.dtype == Dtype::Float;
+    if (problem.label_codes == nullptr || !reads_floats) return nullptr;
+    using Memory = InMemory<float, LabelCodes, float>;
+    if (wanted == kSum) return compute<T, Formula, kSum, false, false, Labels::Adjusted, Memory>;
+    if (problem.grad_input.dtype == Dtype::Float) {
+      return compute<T, Formula, kSum | kGradInput, false, false, Labels::Adjusted, Memory>;
+    }
+  }
+  return nullptr;
+}
+
 // How losses are added.
 enum class Summation {
   OfStored,     // where they must be known one by one, or are not finite
@@ -191,7 +206,9 @@ BCE_EXT_TARGET BlockKernels<T> select_kernels(const Problem& problem, Summation 
   const Compute<T> converted = select_compute<T, Formula>(wanted, needs);
   return {needs, converted, select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters),
           joins_logs ? converted : select_compute<T, Formula>(stored, needs),
-          is_plain ? select_compute_in_place<T, Formula>(problem, wanted) : nullptr};
+          is_plain     ? select_compute_in_place<T, Formula>(problem, wanted)
+          : joins_logs ? select_compute_of_codes<T, Formula>(problem, wanted)
+                       : nullptr};
 }
 
 }  // namespace

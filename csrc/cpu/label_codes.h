@@ -18,18 +18,16 @@ namespace {
 
 #if defined(__x86_64__)
 // The codes of a register full of targets. Adds bits to `without_code` where one is neither 0 nor 1 nor ignored.
-template <typename Register>
-BCE_EXT_HOST_DEVICE LabelCodes codes_of(Register targets, Register ignored,
-                                        typename Vectors<sizeof(Register)>::Bits& without_code) {
+template <typename Register, typename Bits>
+BCE_EXT_HOST_DEVICE LabelCodes codes_of(Register targets, Register ignored, Bits& without_code) {
   const Register one = Register{} + 1;
   if constexpr (sizeof(Register) == 64) {
     const __mmask16 valid = _mm512_cmp_ps_mask((__m512)targets, (__m512)ignored, _CMP_NEQ_UQ);
     const __mmask16 not_one = _mm512_mask_cmp_ps_mask(valid, (__m512)targets, (__m512)one, _CMP_NEQ_UQ);
     const __m512i before = (__m512i)without_code;
-    without_code = (decltype(without_code + 0))_mm512_mask_or_epi32(before, not_one, before, (__m512i)targets);
+    without_code = (Bits)_mm512_mask_or_epi32(before, not_one, before, (__m512i)targets);
     return {static_cast<uint16_t>(~not_one), valid};
   } else {
-    using Bits = typename Vectors<sizeof(Register)>::Bits;
     const Bits valid = (Bits)(targets != ignored), not_one = valid & (Bits)(targets != one);
     without_code |= not_one & (Bits)targets;
     if constexpr (sizeof(Register) == 32) {

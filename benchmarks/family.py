@@ -46,6 +46,13 @@ def timm_asymmetric(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     return loss if reduction == "none" else loss.mean()
 
 
+def torch_ignoring(x: Tensor, y: Tensor) -> Tensor:
+    """What takes the place of ignore_index in torch."""
+    valid = y != -100
+    loss = F.binary_cross_entropy_with_logits(x, torch.where(valid, y, 0).to(x.dtype), reduction="none")
+    return torch.where(valid, loss, 0).sum() / valid.sum()
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Our loss against others."""
@@ -75,6 +82,8 @@ def comparisons() -> Iterator[Comparison]:
     yield Comparison("asymmetric", ours.asymmetric_loss, {f"timm, {k}": v for k, v in _with_compiled(timm).items()})
     ignoring = partial(PLAIN, ignore_index=-100)
     yield Comparison("ignore_index", ignoring, {"plain": PLAIN})
+    masked = {f"torch, {k}": v for k, v in _with_compiled({"eager": torch_ignoring}).items()}
+    yield Comparison("ignore_index, int64 target", ignoring, {"plain": PLAIN, **masked}, torch.int64)
     yield Comparison("ignore_index, uint8 target", partial(PLAIN, ignore_index=255), {"plain": PLAIN}, torch.uint8)
     yield Comparison("label_smoothing", partial(PLAIN, label_smoothing=0.1), {"plain": PLAIN})
     normalizer = torch.tensor(1000.0)

@@ -97,8 +97,12 @@ std::tuple<Tensor, Tensor> loss_and_grad(const Arguments& given, int64_t reducti
 struct BCEFunction {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
-  static Tensor forward(AutogradContext* ctx, const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
-    const bool stored = stores_gradient(arguments, reduction);
+  static Tensor forward(AutogradContext* ctx, const Arguments& given, int64_t reduction, at::ScalarType dtype) {
+    const bool stored = stores_gradient(given, reduction);
+    // A number that was counted is kept where backward reads the target again, whoever counted it: the node has the
+    // same tensors in a mode that sees every operation and outside of it.
+    const OptionalTensor normalizer = stored ? given.normalizer : normalizer_of(given, reduction);
+    const Arguments arguments = given.with_normalizer(normalizer);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor loss;
     if (stored) {
@@ -136,13 +140,12 @@ struct BCEFunction {
     const auto options =
         saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
     const Arguments kept{saved[0], saved[1], weight, pos_weight, saved_normalizer, numbers.formula, options};
+    check_arguments(kept);  // before the dispatcher resolves a negated view of memory that is gone
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
-      check_arguments(kept);  // before the dispatcher resolves a negated view of memory that is gone
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return {scaled(std::get<1>(loss_and_grad(kept, numbers.reduction, numbers.dtype)), grad_output), Tensor()};
     }
-    // A kernel that counted by itself kept no normalizer.
     const OptionalTensor normalizer = normalizer_of(kept, numbers.reduction);
     const Arguments arguments = kept.with_normalizer(normalizer);
     const auto divisor = divisor_of(arguments, numbers.reduction);
@@ -188,17 +191,15 @@ Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at:
   check_reduction(given, reduction);
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(given));
   check_loss_dtype(dtype);
-  const bool has_graph = needs_graph(given);
-  const bool kernel_counts = kernel_counts_valid(given, reduction) && !needs_composite(given) &&
-                             (!has_graph || stores_gradient(given, reduction));
-  const OptionalTensor normalizer = kernel_counts ? std::nullopt : normalizer_of(given, reduction);
-  const Arguments arguments = given.with_normalizer(normalizer);
-  if (needs_composite(arguments)) return composite_loss(arguments, reduction, dtype);
-  if (!has_graph) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return loss_without_grad(arguments, reduction, dtype);
+  if (needs_composite(given)) {
+    const OptionalTensor normalizer = normalizer_of(given, reduction);
+    return composite_loss(given.with_normalizer(normalizer), reduction, dtype);
   }
-  return loss_with_node(arguments, reduction, dtype);
+  if (!needs_graph(given)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return loss_without_grad(given, reduction, dtype);
+  }
+  return loss_with_node(given, reduction, dtype);
 }
 
 std::tuple<Tensor, Tensor> backward_autograd(const Arguments& arguments, const Tensor& grad_output, c10::SymInt divisor,

@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> backward_meta(const Arguments& arguments, const Tenso
 }
 
 std::tuple<Tensor, Tensor> mean_of_valid_meta(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
-  check_mean_of_valid(arguments);
   auto [loss, grad_input] = loss_and_grad_meta(arguments, 1, dtype);
+  check_mean_of_valid(arguments);
   return {loss, wants_gradient ? grad_input : at::empty({0}, arguments.input.options())};
 }
 

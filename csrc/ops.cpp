@@ -52,7 +52,9 @@ bool has_kernel(const Tensor& input) { return input.is_cpu() || input.is_cuda() 
 
 bool kernel_counts_valid(const Arguments& arguments, int64_t reduction) {
   return reduction == at::Reduction::Mean && !is_defined(arguments.normalizer) && arguments.ignore_index() &&
-         arguments.input.is_cpu() && is_plain(arguments.input) && is_plain(arguments.target);
+         arguments.input.is_cpu() && is_plain(arguments.input) && is_plain(arguments.target) &&
+         (!is_defined(arguments.weight) || is_plain(*arguments.weight)) &&
+         (!is_defined(arguments.pos_weight) || is_plain(*arguments.pos_weight));
 }
 
 OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction) {
@@ -61,9 +63,11 @@ OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction) {
   return ignore_index ? OptionalTensor(count_valid(arguments.target, *ignore_index)) : std::nullopt;
 }
 
-Tensor loss_without_grad(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
+Tensor loss_without_grad(const Arguments& given, int64_t reduction, at::ScalarType dtype) {
+  if (kernel_counts_valid(given, reduction)) return std::get<0>(bce_mean_of_valid(given, dtype, false));
+  const OptionalTensor normalizer = normalizer_of(given, reduction);
+  const Arguments arguments = given.with_normalizer(normalizer);
   if (!has_kernel(arguments.input)) return composite_loss(arguments, reduction, dtype);
-  if (kernel_counts_valid(arguments, reduction)) return std::get<0>(bce_mean_of_valid(arguments, dtype, false));
   return bce_loss(arguments, reduction != at::Reduction::None, divisor_of(arguments, reduction), dtype);
 }
 
@@ -249,8 +253,7 @@ void register_public(torch::Library& m) {
 Tensor bce_below_autograd(const Arguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
   check_arguments(arguments);
   check_reduction(arguments, reduction);
-  const OptionalTensor normalizer = normalizer_of(arguments, reduction);
-  return loss_without_grad(arguments.with_normalizer(normalizer), reduction, dtype.value_or(loss_dtype(arguments)));
+  return loss_without_grad(arguments, reduction, dtype.value_or(loss_dtype(arguments)));
 }
 
 }  // namespace

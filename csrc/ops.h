@@ -100,7 +100,7 @@ bool kernel_counts_valid(const Arguments& arguments, int64_t reduction);
 // The normalizer of a loss: the one that is given, or the number of elements that a `mean` does not ignore.
 OptionalTensor normalizer_of(const Arguments& arguments, int64_t reduction);
 
-// The loss, outside of any gradient graph. The normalizer is that of normalizer_of, unless a kernel counts by itself.
+// The loss, outside of any gradient graph.
 Tensor loss_without_grad(const Arguments& arguments, int64_t reduction, at::ScalarType dtype);
 
 // The internal operators, called through the dispatcher. bce is the loss with all that belongs to it.

@@ -70,7 +70,9 @@ double as_label(double number, at::ScalarType dtype) {
     case at::kBFloat16:
       return static_cast<c10::BFloat16>(static_cast<float>(number));
     default:
-      return number;
+      // An 8-bit float; integers are compared as they are.
+      return at::isFloat8Type(dtype) ? at::scalar_tensor(number, at::kFloat).to(dtype).to(at::kDouble).item<double>()
+                                     : number;
   }
 }
 

@@ -57,10 +57,10 @@ struct TargetRule {
 
   BCE_EXT_HOST_DEVICE bool ignores() const { return ignore_index == ignore_index; }
 
-  // Whether an element with target y is not ignored.
+  // Whether an element with target y is ignored.
   template <typename T>
-  BCE_EXT_HOST_DEVICE auto is_valid(T y) const {
-    return y != T(ignore_index);
+  BCE_EXT_HOST_DEVICE auto is_ignored(T y) const {
+    return y == T(ignore_index);
   }
 
   template <typename T>
@@ -73,19 +73,19 @@ struct TargetRule {
 
 // A term of an element: 0 where that is ignored.
 template <typename T>
-BCE_EXT_HOST_DEVICE T if_valid(math::Condition<T> valid, T term) {
-  return math::select(valid, term, T(0));
+BCE_EXT_HOST_DEVICE T unless(math::Condition<T> ignored, T term) {
+  return math::select(ignored, T(0), term);
 }
 
-// The terms of an element with target `y`, by `rule`: none where it is not `valid`.
-template <typename Formula, typename T, typename Valid, typename Weight, typename PosWeight, typename Scalar>
+// The terms of an element with target `y`, by `rule`: none where it is ignored.
+template <typename Formula, typename T, typename Ignored, typename Weight, typename PosWeight, typename Scalar>
 BCE_EXT_HOST_DEVICE Terms<T> evaluate_by_rule(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y,
-                                              Valid valid, Weight w, PosWeight p, T scale, T first) {
+                                              Ignored ignored, Weight w, PosWeight p, T scale, T first) {
   Terms<T> terms = formula.evaluate(x, rule.smoothed(y), w, p, scale, first);
-  terms.loss = if_valid(valid, terms.loss);
-  terms.summand = if_valid(valid, terms.summand);
-  terms.grad_input = if_valid(valid, terms.grad_input);
-  terms.grad_target = if_valid(valid, terms.grad_target * rule.slope);
+  terms.loss = unless(ignored, terms.loss);
+  terms.summand = unless(ignored, terms.summand);
+  terms.grad_input = unless(ignored, terms.grad_input);
+  terms.grad_target = unless(ignored, terms.grad_target * rule.slope);
   return terms;
 }
 

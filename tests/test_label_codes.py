@@ -8,7 +8,10 @@ import pytest
 import torch
 from callables import EVERY_FORMULA, Member, every_formula
 from reference import CHUNK
+from test_subclasses import Wrapped
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 # From 1 MiB of targets on. A chunk with a rest that is no multiple of 32 labels, nor of any vector.
 NUMEL = (1 << 18) + CHUNK + 77
@@ -156,3 +159,51 @@ def test_the_number_of_threads_does_not_matter() -> None:
         torch.set_num_threads(threads)
     for each in results[1:]:
         torch.testing.assert_close(each, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_negated_target_whose_memory_is_gone_is_refused(create_graph: bool) -> None:
+    input = torch.randn(9, requires_grad=True)
+    target = torch._neg_view(-torch.ones(9))
+    value = PLAIN(input, target, ignore_index=-100)
+    torch.autograd.grad(value, input, retain_graph=True)
+    target.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="expected the memory of target to hold"):
+        torch.autograd.grad(value, input, create_graph=create_graph)
+
+
+def test_a_checkpoint_may_begin_in_a_mode_and_end_outside_of_it() -> None:
+    input = torch.randn(4, requires_grad=True)
+    target = torch.tensor([0.0, 1.0, -100.0, 1.0])
+    with FlopCounterMode(display=False):
+        value = checkpoint(lambda x: PLAIN(x.sin(), target, ignore_index=-100), input, use_reentrant=False)
+    value.backward()
+    expected = input.detach().requires_grad_()
+    PLAIN(expected.sin(), target, ignore_index=-100).backward()
+    assert torch.equal(input.grad, expected.grad)
+
+
+@pytest.mark.parametrize("place", ["weight", "pos_weight"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_subclass_sees_the_count_wherever_it_stands(place: str, requires_grad: bool) -> None:
+    """It may know how to count shards, and not how to take a mean over what is valid in all of them."""
+    input = torch.randn(4, requires_grad=requires_grad)
+    target = torch.tensor([0.0, 1.0, -100.0, 1.0])
+    weight = torch.rand(4)
+    Wrapped.seen = []
+    value = PLAIN(input, target, ignore_index=-100, **{place: Wrapped(weight)})
+    assert isinstance(value, Wrapped)
+    assert Wrapped.seen
+    assert not any("_bce_mean_of_valid" in name for name in Wrapped.seen)
+    torch.testing.assert_close(value.inner, PLAIN(input, target, ignore_index=-100, **{place: weight}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_index_that_8_bits_cannot_hold_is_rounded(requires_grad: bool, dtype: torch.dtype) -> None:
+    target = torch.tensor([0.0, 0.1, 1.0, 0.1]).to(torch.float8_e4m3fn)
+    input = torch.zeros(2, 4, dtype=dtype, requires_grad=requires_grad)
+    for two_dimensional in (target.expand(2, 4), torch.stack([target, target], 1).t()):
+        value = PLAIN(input, two_dimensional, ignore_index=0.1)
+        torch.testing.assert_close(value.float(), torch.tensor(2.0).log(), rtol=1e-3, atol=0)
+        assert (PLAIN(input, two_dimensional, ignore_index=0.1, reduction="none")[:, 1::2] == 0).all()

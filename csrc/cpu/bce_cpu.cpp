@@ -206,9 +206,9 @@ struct Cpu {
 
 // The mean over the elements that are not ignored, which it counts, and the gradient if it is wanted.
 std::tuple<Tensor, Tensor> mean_of_valid(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
-  check_mean_of_valid(arguments);
   const Tensor& input = arguments.input;
   Pass pass(arguments, dtype, /*divisor=*/1);
+  check_mean_of_valid(arguments);
   Problem& problem = pass.problem;
   Tensor codes;
   if (problem.target.layout == Layout::Flat) {

@@ -108,14 +108,14 @@ BCE_EXT_HOST_DEVICE T first_stage(const Formula& formula, T x, T y) {
   }
 }
 
-template <Labels kLabels, typename Formula, typename T, typename Valid, typename Weight, typename PosWeight,
+template <Labels kLabels, typename Formula, typename T, typename Ignored, typename Weight, typename PosWeight,
           typename Scalar>
-BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Valid valid,
+BCE_EXT_HOST_DEVICE Terms<T> evaluate(const Formula& formula, const TargetRule<Scalar>& rule, T x, T y, Ignored ignored,
                                       Weight w, PosWeight p, T scale, T first) {
   if constexpr (kLabels == Labels::Hard) {
     return formula.evaluate_hard(x, y, w, p, scale, first);
   } else if constexpr (kLabels == Labels::Adjusted) {
-    return evaluate_by_rule(formula, rule, x, y, valid, w, p, scale, first);
+    return evaluate_by_rule(formula, rule, x, y, ignored, w, p, scale, first);
   } else {
     return formula.evaluate(x, y, w, p, scale, first);
   }
@@ -138,7 +138,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
     Numbers<T> stage = first_stage<kLabels>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
     if constexpr (kLabels == Labels::Adjusted && (kWanted & kSum) != 0) {
-      stage = if_valid(valid_of(y, i, target, constants.rule), stage);
+      stage = unless(ignored_of(y, i, target, constants.rule), stage);
     }
     stage.store(first + i);
   }
@@ -158,10 +158,10 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
       const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
-      const auto valid = valid_of(y, i, target, constants.rule);
+      const auto ignored = ignored_of(y, i, target, constants.rule);
       const Numbers<T> stage = kHasFirstStage ? Numbers<T>::load(first + i) : Numbers<T>(T(0));
       const auto terms =
-          evaluate<kLabels>(formula, constants.rule, input, target, valid, weight, pos_weight, scale, stage);
+          evaluate<kLabels>(formula, constants.rule, input, target, ignored, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
       if constexpr ((kWanted & kSum) != 0 && kJoins) sum = sum + terms.summand;
       if constexpr ((kWanted & kSum) != 0 && !kJoins) sum = sum + rounded(terms.summand);

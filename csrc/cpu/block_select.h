@@ -164,8 +164,7 @@ BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wa
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute_of_codes(const Problem& problem, int wanted) {
   if constexpr (std::is_same_v<T, float> && Formula::kJoinsLogarithms) {
-    const bool reads_floats = problem.input.layout == Layout::Flat && problem.input.dtype == Dtype::Float;
-    if (problem.label_codes == nullptr || !reads_floats) return nullptr;
+    if (problem.label_codes == nullptr || !computes_from_codes(problem)) return nullptr;
     using Memory = InMemory<float, LabelCodes, float>;
     if (wanted == kSum) return compute<T, Formula, kSum, false, false, Labels::Adjusted, Memory>;
     if (problem.grad_input.dtype == Dtype::Float) {

@@ -117,7 +117,7 @@ struct BitCondition {
   uint32_t low, high;
 
   BCE_EXT_HOST_DEVICE BitCondition(const uint32_t& bits, int64_t i) {
-    if constexpr (Labels::kPerRegister == 16) {
+    if constexpr (Labels::kElements == LabelCodes::kLabels) {
       uint16_t halves[2];
       memcpy(halves, &bits, sizeof(halves));
       low = halves[0], high = halves[1];
@@ -143,9 +143,15 @@ struct BitCondition {
   }
 };
 
+// Which elements are ignored, by the bits of the others: those are what a mask keeps.
 template <typename Labels>
-BCE_EXT_HOST_DEVICE Labels if_valid(BitCondition<Labels> valid, Labels term) {
-  return valid.select(term, Labels(0.0f));
+struct IgnoredByCode {
+  BitCondition<Labels> valid;
+};
+
+template <typename Labels>
+BCE_EXT_HOST_DEVICE Labels unless(IgnoredByCode<Labels> ignored, Labels term) {
+  return ignored.valid.select(term, Labels(0.0f));
 }
 
 // The targets from the i-th on, as many as fill a pack. Those that are not valid are 0 or 1 as well.
@@ -159,13 +165,13 @@ BCE_EXT_HOST_DEVICE Labels load_target(const S* targets, int64_t i) {
   }
 }
 
-// Which of those targets are valid.
+// Which of those targets are ignored.
 template <typename Labels, typename S, typename Rule>
-BCE_EXT_HOST_DEVICE auto valid_of(const S* targets, int64_t i, Labels loaded, const Rule& rule) {
+BCE_EXT_HOST_DEVICE auto ignored_of(const S* targets, int64_t i, Labels loaded, const Rule& rule) {
   if constexpr (std::is_same_v<S, LabelCodes>) {
-    return BitCondition<Labels>(targets[i / LabelCodes::kLabels].valid, i);
+    return IgnoredByCode<Labels>{BitCondition<Labels>(targets[i / LabelCodes::kLabels].valid, i)};
   } else {
-    return rule.is_valid(loaded);
+    return rule.is_ignored(loaded);
   }
 }
 
@@ -208,7 +214,7 @@ class TargetReader {
   OperandReader<T> memory_;
   const LabelCodes* const codes_;
   const Numbers<T> ignored_;
-  alignas(kCacheLine) T decoded_[kBlock<T> + kStagger<T>];
+  alignas(kCacheLine) T decoded_[std::is_same_v<T, float> ? kBlock<T> + kStagger<T> : 1];
 };
 
 }  // namespace

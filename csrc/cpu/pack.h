@@ -63,7 +63,6 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Pack operator<<(Pack a, int count) { return {a.low << count, a.high << count}; }
   friend BCE_EXT_HOST_DEVICE Pack operator>>(Pack a, int count) { return {a.low >> count, a.high >> count}; }
   friend BCE_EXT_HOST_DEVICE Condition operator==(Pack a, Pack b) { return {a.low == b.low, a.high == b.high}; }
-  friend BCE_EXT_HOST_DEVICE Condition operator!=(Pack a, Pack b) { return {a.low != b.low, a.high != b.high}; }
   friend BCE_EXT_HOST_DEVICE Condition operator<(Pack a, Pack b) { return {a.low < b.low, a.high < b.high}; }
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
 };

@@ -59,8 +59,8 @@ __device__ __forceinline__ C generic_element(const GenericArguments<Formula, C>&
   in_range &=
       (is_label && is_in_range<Formula, /*kHardLabels=*/false>(x, y)) || y == arguments.numbers.rule.ignore_index;
   const Terms<C> terms =
-      evaluate_by_rule(arguments.formula, arguments.numbers.rule, x, y, arguments.numbers.rule.is_valid(y), w, p, scale,
-                       arguments.formula.first_stage(x));
+      evaluate_by_rule(arguments.formula, arguments.numbers.rule, x, y, arguments.numbers.rule.is_ignored(y), w, p,
+                       scale, arguments.formula.first_stage(x));
   if (problem.loss.data != nullptr) {
     store_element(problem.loss, index, terms.loss);
   }

@@ -81,7 +81,7 @@ class VectorPass {
     check(x, y);
     Terms<C> terms;
     if constexpr (kWeighted) {
-      terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, arguments_.numbers.rule.is_valid(y),
+      terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, arguments_.numbers.rule.is_ignored(y),
                                w, p, scale_, arguments_.formula.template first_stage<kRough>(x));
     } else {
       terms = terms_of<Labels::Any>(x, y, One{}, One{});
@@ -138,7 +138,7 @@ class VectorPass {
     if (kWeighted && rule.ignores()) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        values[k] = if_valid(rule.is_valid(elements.y[k]), values[k]);
+        values[k] = unless(rule.is_ignored(elements.y[k]), values[k]);
       }
     }
   }

@@ -70,12 +70,11 @@ struct Numbers {
   }
 };
 
-// The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula.
+// The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula. The
+// arguments have been checked.
 std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& given_grad_output,
                                                    c10::SymInt divisor, std::array<bool, 2> output_mask) {
   const Tensor grad_output = strided_grad_output(given_grad_output);
-  // Memory that was there in the forward pass may be gone.
-  check_arguments(arguments);
   check_grad_output(grad_output, arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
   const bool is_stored_only = output_mask[1] && !is_arithmetic(arguments.target.scalar_type());  // an 8-bit float
@@ -140,7 +139,8 @@ struct BCEFunction {
     const auto options =
         saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
     const Arguments kept{saved[0], saved[1], weight, pos_weight, saved_normalizer, numbers.formula, options};
-    check_arguments(kept);  // before the dispatcher resolves a negated view of memory that is gone
+    // Memory that was there in the forward pass may be gone. Before the dispatcher resolves a negated view of it.
+    check_arguments(kept);
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
       at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -204,6 +204,7 @@ Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at:
 
 std::tuple<Tensor, Tensor> backward_autograd(const Arguments& arguments, const Tensor& grad_output, c10::SymInt divisor,
                                              std::array<bool, 2> output_mask) {
+  check_arguments(arguments);
   return differentiable_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
 

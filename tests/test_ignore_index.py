@@ -13,8 +13,13 @@ from torch import Tensor
 IGNORE = -100
 POISON = [float("nan"), float("inf"), float("-inf"), 1e38, -1e38]
 
-# Less than a vector; blocks and a rest; the chunks of several threads; enough for label codes.
-SIZES = [LANES - 1, 2 * BLOCK + LANES + 3, 2 * CHUNK + 77, (1 << 18) + CHUNK + 77]
+# Less than a vector; blocks and a rest; the chunks of several threads.
+SIZES = [LANES - 1, 2 * BLOCK + LANES + 3, 2 * CHUNK + 77]
+# Enough targets for label codes, which float64 has none of.
+CODED = (1 << 18) + CHUNK + 77
+TARGET_DTYPES = [torch.int8, torch.int64, *FLOATING_DTYPES]
+SIZES_AND_DTYPES = [(numel, dtype) for numel in SIZES for dtype in TARGET_DTYPES]
+SIZES_AND_DTYPES += [(CODED * 4 // min(dtype.itemsize, 4), dtype) for dtype in TARGET_DTYPES if dtype != torch.float64]
 
 
 def with_ignored(
@@ -37,8 +42,7 @@ def gradients(loss: Member, input: Tensor, target: Tensor, **arguments: Any) -> 
 
 
 @every_reduction
-@pytest.mark.parametrize("target_dtype", [torch.int8, torch.int64, *FLOATING_DTYPES], ids=str)
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize(("numel", "target_dtype"), SIZES_AND_DTYPES, ids=str)
 @every_formula
 def test_values(loss: Member, numel: int, target_dtype: torch.dtype, reduction: str, device: str) -> None:
     input, target, ignored = with_ignored(loss, numel, torch.float32, target_dtype, device)

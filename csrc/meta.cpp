@@ -60,8 +60,8 @@ TORCH_LIBRARY_IMPL(bce_ext, Meta, m) {
   m.impl("_bce_loss", Flat<loss_meta>::call);
   m.impl("_bce_loss_and_grad", Flat<loss_and_grad_meta>::call);
   m.impl("_bce_backward", Flat<backward_meta>::call);
-  m.impl("_bce_mean_of_valid", Flat<mean_of_valid_meta>::call);
   m.impl("_scale_grad_", scale_grad_meta);
+  m.impl("_bce_mean_of_valid", Flat<mean_of_valid_meta>::call);
   m.impl("_count_valid", count_valid_meta);
 }
 

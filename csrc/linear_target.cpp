@@ -6,6 +6,7 @@
 #include <c10/util/Load.h>
 #include <c10/util/irange.h>
 
+#include "pass.h"
 #include "sparse_target.h"
 
 namespace bce_ext {
@@ -15,7 +16,7 @@ BlockTarget::BlockTarget(const LinearArguments& arguments, const Blocks& blocks)
     dense_ = arguments.target;
     return;
   }
-  // Row and label of each value, which the host reads as memory.
+  // Row and label of each value.
   Tensor rows, labels, values;
   if (arguments.is_sparse()) {
     const Tensor indices = arguments.indices->resolve_neg();
@@ -32,7 +33,9 @@ BlockTarget::BlockTarget(const LinearArguments& arguments, const Blocks& blocks)
   // The last place is that of elements of other blocks.
   buffer_ = at::zeros({blocks_.block_rows * blocks_.block_labels + 1}, values_.options());
   if (buffer_.is_cpu()) {
-    sort_on_host(rows, labels, /*allows_none=*/!arguments.is_sparse());
+    // The host reads all three as memory.
+    values_ = readable(values_);
+    sort_on_host(readable(rows), readable(labels), /*allows_none=*/!arguments.is_sparse());
   } else {
     list_on_device(rows, labels);
   }

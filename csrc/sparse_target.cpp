@@ -11,13 +11,14 @@
 #include <optional>
 
 #include "autograd.h"
+#include "pass.h"
 
 namespace bce_ext {
 
 bool is_readable(const Tensor& tensor) {
   constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
   return tensor.is_cpu() && is_plain(tensor) && !tensor.requires_grad() && !has_tangent(tensor) &&
-         !tensor.key_set().has_any(lazy) && !transform_is_active();
+         !tensor.key_set().has_any(lazy) && !transform_is_active() && is_aligned(tensor);
 }
 
 bool has_addition(at::ScalarType type) { return type == at::kBool || type == at::kLong || is_arithmetic(type); }
@@ -256,7 +257,7 @@ void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
   const bool is_unsigned = target.scalar_type() == at::kUInt64;
   if (!target.is_cpu()) return check_values(target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
   check_storage(target, "target");
-  const Tensor indices = target.to(at::kLong).resolve_neg().contiguous();
+  const Tensor indices = readable(target.to(at::kLong).resolve_neg().contiguous());
   const auto* begin = indices.const_data_ptr<int64_t>();
   const auto check_largest = [&](const auto* in) {
     const auto largest = *std::max_element(in, in + indices.numel());
@@ -270,7 +271,7 @@ Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || !target.is_cpu()) {
     return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
   }
-  const Tensor indices = target.to(at::kLong).resolve_neg().contiguous();
+  const Tensor indices = readable(target.to(at::kLong).resolve_neg().contiguous());
   c10::DimVector size(target.sizes());
   size.push_back(num_labels.expect_int());
   const Tensor dense = at::zeros(size, target.options().dtype(at::kBool));

@@ -107,6 +107,29 @@ def test_indices_of_every_make(labels: int) -> None:
     assert_as_dense(coo(VALUES, labels).coalesce())
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers where torch.frombuffer finds them in a file that was read: between the multiples of their size."""
+    count = tensor.numel()
+    memory = bytearray(count * tensor.itemsize + 1)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=1).view(tensor.shape)
+    assert copy.data_ptr() % tensor.itemsize
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("labels", SIZES)
+def test_memory_that_is_not_aligned(labels: int) -> None:
+    """Nothing shows on x86-64 but under UndefinedBehaviorSanitizer; other processors stop."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        values = misaligned(VALUES.to(dtype))
+        assert_as_dense(csr(values, labels))
+        assert_as_dense(coo(values, labels, misaligned(PLACES)))
+    crow, col = misaligned(torch.tensor([0, 2, 2, 4])), misaligned(torch.tensor([1, 1, 4, 0]))
+    assert_as_dense(torch.sparse_csr_tensor(crow, col, VALUES, (ROWS, labels)))
+    indices = torch.tensor([4, -1, 0])
+    layer, _ = losses(labels)
+    torch.testing.assert_close(layer(misaligned(indices)), layer(indices), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("labels", SIZES)
 def test_several_dimensions_before_the_labels(labels: int) -> None:
     places = torch.tensor([[0, 1, 1], [2, 0, 2], [1, 0, 4]])

@@ -77,7 +77,7 @@ def linear(
 
 def products_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
     """Of F.linear, also under autocast."""
-    return torch.nn.functional.linear(input[:0], linear_weight[:0]).dtype
+    return torch.nn.functional.linear(input.new_zeros(1, 1), linear_weight.new_zeros(1, 1)).dtype
 
 
 def dense_target(given: dict[str, Any]) -> Tensor:
@@ -107,6 +107,7 @@ def is_ordinary(tensor: Tensor) -> bool:
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or tensor.layout != torch.strided
         or tensor.device.type != "cpu"
+        or torch._is_functional_tensor(tensor)  # what it wraps may be a fake tensor
     ):
         return False
     if tensor.dtype not in reference.FLOATING_DTYPES and (

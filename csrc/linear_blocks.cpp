@@ -7,6 +7,7 @@
 #include <ATen/Functions.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -44,8 +45,8 @@ OptionalTensor weight_of(const OptionalTensor& weight, const Range& range) {
   return block;
 }
 
-// A float16 gradient of a mean would underflow. Its blocks are computed without the divisor, their products in float32,
-// where they do not overflow, and the sums over blocks are scaled before they are rounded.
+// A float16 gradient of a mean would underflow. Its blocks are computed without the divisor, the gradient and its
+// products in float32, where they do not overflow, and the sums over blocks are scaled before they are rounded.
 bool scales_sums(const LinearArguments& arguments) { return arguments.input.scalar_type() == at::kHalf; }
 
 // A large gradient, which takes over the pages of that of the step before.
@@ -145,7 +146,9 @@ class BlockwiseLoss {
 
   // Adds the loss of a block, and returns its gradient with respect to the logits if one is wanted.
   Tensor gradient_of(const Range& range, const Tensor& rows, const Tensor& weight) {
-    const Tensor logits = logits_of_block(range, rows, weight);
+    const bool wants_gradient = mask_[0] || mask_[1] || mask_[2];
+    const Tensor products = logits_of_block(range, rows, weight);
+    const Tensor logits = wants_gradient && scales_sums(arguments_) ? products.to(sum_dtype_) : products;
     const Tensor target = target_.block(range);
     const OptionalTensor block_weight = weight_of(arguments_.weight, range);
     const OptionalTensor pos_weight = weight_of(arguments_.pos_weight, range);
@@ -156,7 +159,7 @@ class BlockwiseLoss {
                              normalizer_,
                              static_cast<int64_t>(Formula::WithLogits),
                              arguments_.options};
-    if (!(mask_[0] || mask_[1] || mask_[2])) {
+    if (!wants_gradient) {
       total_ += bce_loss(of_block, /*reduce=*/true, divisor_, block_dtype_);
       return {};
     }
@@ -167,7 +170,7 @@ class BlockwiseLoss {
 
   void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
     if (a.scalar_type() == sum_dtype_) {
-      sum.addmm_(a, b);
+      sum.addmm_(a, b.to(sum_dtype_));
     } else {
       sum.add_(product(a, b));
     }
@@ -199,6 +202,8 @@ class BlockwiseLoss {
 LossAndGrads loss_and_grads(const LinearArguments& arguments, int64_t divisor, at::ScalarType dtype,
                             const OptionalTensor& grad_output, LinearMask output_mask) {
   check_loss_and_grads(arguments, dtype, grad_output);
+  // Whoever casts has done so; a backward that is called under autocast would cast the products again.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return BlockwiseLoss(arguments, divisor, grad_output, output_mask).run(dtype);
 }
 

@@ -228,6 +228,28 @@ def test_a_large_float16_sum_does_not_overflow_on_the_way(device: str) -> None:
     torch.testing.assert_close(input.grad.double().cpu(), expected.expand(16, 1), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_large_weights_of_float16_do_not_overflow_on_the_way(sparse: bool, device: str) -> None:
+    """In float16 a gradient of 1e6 is infinite; divided by the 2**22 logits, which take blocks, it is not."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(1024, 4, generator=generator).half().to(device).requires_grad_()
+    linear_weight = torch.randn(4096, 4, generator=generator).half().to(device).requires_grad_()
+    target = (torch.rand(1024, 4096, generator=generator) < 0.01).to(device)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (input, linear_weight)]
+    logits = torch.nn.functional.linear(*exact)
+    F.binary_cross_entropy_with_logits(logits, target, pos_weight=1e6).backward()
+    loss = F.linear_binary_cross_entropy_with_logits(
+        input, linear_weight, target.half().to_sparse() if sparse else target, pos_weight=1e6
+    )
+    loss.backward()
+    for leaf, expected in zip((input, linear_weight), exact, strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad.half(), rtol=2e-2, atol=2e-3)
+    of_logits = logits.detach().half().requires_grad_()
+    F.binary_cross_entropy_with_logits(of_logits, target.half().to_sparse(), pos_weight=1e6).backward()
+    assert of_logits.grad is not None
+    assert of_logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_float16_mean_of_a_million_logits_has_gradients(autocast: bool, device: str) -> None:
     """The gradient of a logit is 3e-4 / 2**20, which float16 does not hold; those of the bias are sums of a thousand such."""
@@ -296,7 +318,7 @@ def test_the_module_owns_the_layer(device: str) -> None:
     ).to(device)
     assert isinstance(module.linear, torch.nn.Linear)
     assert [name for name, _ in module.named_parameters()] == ["linear.weight", "linear.bias"]
-    assert set(module.state_dict()) == {"weight", "pos_weight", "linear.weight", "linear.bias"}
+    assert set(module.state_dict()) == {"pos_weight", "linear.weight", "linear.bias"}
     input = torch.randn(3, 4, dtype=torch.float64, device=device)
     target = torch.tensor([1, -1, 5], device=device)
     dense = (target[:, None] == torch.arange(6, device=device)).double()

@@ -123,11 +123,29 @@ class Part:
                 f"linear_binary_cross_entropy_with_logits: expected a target of size ({self.num_rows}, {self.num_labels}) or one integer for each row, "
                 f"but got size {tuple(target.shape)}"
             )
-        if target.dim() == 1 and not isinstance(target, DTensor) and (target >= self.num_labels).any():
-            raise IndexError(
-                "linear_binary_cross_entropy_with_logits: expected class indices below the number of labels "
-                f"({self.num_labels}), but one is {int(target.max())}"
-            )
+        if target.dim() == 1:
+            if target.is_floating_point() or target.dtype == torch.bool:
+                raise ValueError(
+                    f"linear_binary_cross_entropy_with_logits: expected class indices to be integers, but got {target.dtype}"
+                )
+            indices = _whole(target)  # so that all processes raise, or none
+            assert indices is not None
+            if (indices >= self.num_labels).any():
+                raise IndexError(
+                    "linear_binary_cross_entropy_with_logits: expected class indices below the number of labels "
+                    f"({self.num_labels}), but one is {int(indices.max())}"
+                )
+        elif target.layout == torch.sparse_csr:
+            crow = target.crow_indices()
+            if crow[0] != 0 or crow[-1] != target.values().shape[0] or (crow.diff() < 0).any():
+                raise RuntimeError(
+                    "linear_binary_cross_entropy_with_logits: expected crow_indices that rise from 0 to the number of values"
+                )
+            _check_places("labels", target.col_indices(), self.num_labels)
+        elif target.layout == torch.sparse_coo:
+            rows, labels = target._indices()
+            _check_places("rows", rows, self.num_rows)
+            _check_places("labels", labels, self.num_labels)
 
     def target(self, target: Tensor) -> Tensor:
         if isinstance(target, DTensor):
@@ -154,8 +172,10 @@ class Part:
             labels, values = target.col_indices().to(torch.int64), target.values()
             rows = torch._convert_indices_from_csr_to_coo(target.crow_indices(), target.col_indices())[0]
         else:
-            rows, labels = target._indices()
-            values = target._values()
+            # Duplicates are added up anyway; only coalesced values have a derivative.
+            coalesced = target.coalesce() if target.requires_grad else target
+            rows, labels = coalesced._indices()
+            values = coalesced.values() if target.requires_grad else coalesced._values()
         rows, labels = rows.to(torch.int64) - self.row, labels - self.label
         own = (rows >= 0) & (rows < self.rows) & (labels >= 0) & (labels < self.labels)
         indices = torch.stack([rows[own], labels[own]])
@@ -184,6 +204,13 @@ class Part:
         whole = (self.num_rows, self.num_labels)
         return DTensor.from_local(
             losses, self.mesh, placements, run_check=False, shape=torch.Size(whole), stride=(whole[1], 1)
+        )
+
+
+def _check_places(what: str, places: Tensor, count: int) -> None:
+    if ((places < 0) | (places >= count)).any():
+        raise RuntimeError(
+            f"linear_binary_cross_entropy_with_logits: expected the sparse target to have {what} from 0 to {count - 1}"
         )
 
 

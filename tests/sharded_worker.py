@@ -120,14 +120,49 @@ def errors() -> None:
         (case.input, by_labels, case.target[:, :5]),
         (case.input, by_labels, case.target[:4]),
         (case.input, by_labels, torch.ones(5, dtype=torch.int64)),
+        (case.input, by_labels, torch.ones(ROWS)),
+        (case.input, by_labels, torch.ones(ROWS, dtype=torch.bool)),
     ):
         with pytest.raises(ValueError, match="expected"):
             LOSS(input, linear_weight, target)
     with pytest.raises(IndexError):
         LOSS(case.input, by_labels, torch.tensor([0, 1, 2, 3, 4, 8]))
+    on_every_process = distribute_tensor(torch.tensor([0, 1, 2, 3, 4, 8]), mesh, [Replicate()])
+    with pytest.raises(IndexError):
+        LOSS(case.input, by_labels, on_every_process)
+    outside = torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 9]]), torch.ones(2), (ROWS, 8), check_invariants=False)
+    bad_rows = torch.sparse_csr_tensor(
+        torch.tensor([0, 1, 1, 1, 1, 1, 2]), torch.tensor([2, 9]), torch.ones(2), (ROWS, 8), check_invariants=False
+    )
+    for target in (outside, bad_rows):
+        with pytest.raises(RuntimeError):
+            LOSS(case.input, by_labels, target)
 
 
-CHECKS: tuple[Callable[[], None], ...] = (even_and_uneven, rows_and_labels, fsdp, errors)
+def values_of_a_sparse_target_that_require_grad() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(ROWS, FEATURES, 8)
+    by_labels = distribute_tensor(case.linear_weight, mesh, [Shard(0)])
+    gradients = []
+    for linear_weight in (case.linear_weight, by_labels):
+        values = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, requires_grad=True)
+        target = torch.sparse_coo_tensor(torch.tensor([[0, 3, 5], [1, 7, 2]]), values, (ROWS, 8))
+        LOSS(case.input, linear_weight, target).backward()
+        assert values.grad is not None
+        gradient = values.grad.clone()
+        if linear_weight is by_labels:  # each process has the part of its labels
+            dist.all_reduce(gradient)
+        gradients.append(gradient)
+    same(gradients[1], gradients[0])
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    even_and_uneven,
+    rows_and_labels,
+    fsdp,
+    errors,
+    values_of_a_sparse_target_that_require_grad,
+)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import torch  # TorchScript reads the annotations of modules, so they are no str
 from torch import Tensor
 
 from bce_ext import functional as F
+from bce_ext._call import as_tensor
 from bce_ext._docs import with_shared_arguments
 
 __all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "LinearBCEWithLogitsLoss", "SigmoidFocalLoss"]
@@ -21,11 +22,14 @@ class _Options(torch.nn.Module):
     ) -> None:
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = None if ignore_index is None else float(ignore_index)
-        self.register_buffer("normalizer", _as_buffer(normalizer))
+        _hold(self, "normalizer", normalizer)
 
     def extra_repr(self) -> str:
         options = {"label_smoothing": self.label_smoothing or None, "ignore_index": self.ignore_index}
-        return ", ".join(f"{name}={value:g}" for name, value in options.items() if value is not None)
+        if self.normalizer is not None and "normalizer" in vars(self):  # a number
+            options["normalizer"] = float(self.normalizer)
+        texts = (f"{name}={_text(value)}" for name, value in options.items() if value is not None)
+        return ", ".join(filter(None, [super().extra_repr(), *texts]))
 
 
 class _Weighted(torch.nn.Module):
@@ -39,8 +43,11 @@ class _Weighted(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = reduction
-        self.register_buffer("weight", _as_buffer(weight))
-        self.register_buffer("pos_weight", _as_buffer(pos_weight))
+        _hold(self, "weight", weight)
+        _hold(self, "pos_weight", pos_weight)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
 
 
 @with_shared_arguments
@@ -80,7 +87,9 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
         ignore_index: float | None = None,
         normalizer: Tensor | float | None = None,
     ) -> None:
-        super().__init__(_as_buffer(weight), size_average, reduce, reduction, _as_buffer(pos_weight))
+        super().__init__(None, size_average, reduce, reduction)
+        _hold(self, "weight", weight)
+        _hold(self, "pos_weight", pos_weight)
         self._set_options(label_smoothing, ignore_index, normalizer)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
@@ -130,7 +139,8 @@ class BCELoss(_Options, torch.nn.BCELoss):
         ignore_index: float | None = None,
         normalizer: Tensor | float | None = None,
     ) -> None:
-        super().__init__(_as_buffer(weight), size_average, reduce, reduction)
+        super().__init__(None, size_average, reduce, reduction)
+        _hold(self, "weight", weight)
         self._set_options(label_smoothing, ignore_index, normalizer)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
@@ -148,6 +158,8 @@ class BCELoss(_Options, torch.nn.BCELoss):
 @with_shared_arguments
 class SigmoidFocalLoss(_Options, _Weighted):
     r"""Focal loss of logits: :func:`bce_ext.functional.sigmoid_focal_loss` as a module.
+
+    As for every module, ``reduction`` is ``'mean'`` where nothing is said; for the function it is ``'none'``, as in torchvision.
 
     Args:
         $focal
@@ -198,7 +210,8 @@ class SigmoidFocalLoss(_Options, _Weighted):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, [f"alpha={self.alpha:g}, gamma={self.gamma:g}", super().extra_repr()]))
+        numbers = f"alpha={_text(self.alpha)}, gamma={_text(self.gamma)}"
+        return ", ".join(filter(None, [numbers, super().extra_repr()]))
 
 
 @with_shared_arguments
@@ -262,8 +275,10 @@ class AsymmetricLoss(_Options, _Weighted):
         )
 
     def extra_repr(self) -> str:
-        numbers = f"gamma_neg={self.gamma_neg:g}, gamma_pos={self.gamma_pos:g}, clip={self.clip:g}"
-        return ", ".join(filter(None, [numbers, super().extra_repr()]))
+        numbers = f"gamma_neg={_text(self.gamma_neg)}, gamma_pos={_text(self.gamma_pos)}, clip={_text(self.clip)}"
+        focusing = "detach_focusing=True" if self.detach_focusing else ""
+        eps = f"eps={self.eps}" if self.eps != 1e-8 else ""
+        return ", ".join(filter(None, [numbers, super().extra_repr(), focusing, eps]))
 
 
 @with_shared_arguments
@@ -329,10 +344,15 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
             normalizer=self.normalizer if normalizer is None else normalizer,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, [f"reduction={self.reduction!r}", super().extra_repr()]))
+
+def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:
+    """Tensors are buffers. A number is none, so that ``module.half()`` does not round it: a 0-d float64 tensor, which goes with any device."""
+    module._buffers.pop(name, None)
+    if isinstance(value, (int, float)):
+        setattr(module, name, as_tensor(value))
+    else:
+        module.register_buffer(name, value)
 
 
-def _as_buffer(weight: Tensor | float | None) -> Tensor | None:
-    """Numbers become 0-d tensors, which broadcast and go with any device."""
-    return torch.tensor(weight, dtype=torch.get_default_dtype()) if isinstance(weight, (int, float)) else weight
+def _text(number: float) -> str:
+    return repr(number).removesuffix(".0")

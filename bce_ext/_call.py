@@ -66,8 +66,16 @@ def call(
 
 def reduction_number(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
     if size_average is not None or reduce is not None:
-        return _Reduction.legacy_get_enum(size_average, reduce)
+        return _legacy_number(size_average, reduce)
     return _Reduction.get_enum(reduction)
+
+
+def _legacy_number(size_average: bool | None, reduce: bool | None) -> int:
+    if is_dynamo_compiling():  # which does not see through torch's own function
+        if reduce is not None and not reduce:
+            return 0
+        return 2 if size_average is not None and not size_average else 1
+    return _Reduction.legacy_get_enum(size_average, reduce)
 
 
 def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Number, ...]) -> dict[str, Any]:

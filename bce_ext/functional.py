@@ -45,7 +45,8 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits of any shape, float64, float32, bfloat16 or float16.
-        target: the same shape, any real dtype: bool, integer or floating. Usually in :math:`[0, 1]`, which is not required.
+        target: the same shape, any real dtype. Bool and integer ones must be 0, 1 or ``ignore_index``; floating ones are usually in :math:`[0, 1]`, which is
+            not required.
         $weight
         $deprecated
         $reduction
@@ -59,8 +60,8 @@ def binary_cross_entropy_with_logits(
         The loss, in the promoted dtype of ``input`` and a floating ``target``. An empty input has mean NaN and sum 0.
 
     Raises:
-        ValueError: ``target`` has another size than ``input``, or ``reduction`` is unknown.
-        RuntimeError: a weight does not broadcast, the devices differ, or an argument is complex.
+        ValueError: ``target`` has another size than ``input``, ``reduction`` is unknown or not ``'mean'`` beside a normalizer, or a number is out of its range.
+        RuntimeError: an integer target on the CPU is no label, a weight does not broadcast, the devices differ, or an argument is complex.
         NotImplementedError: ``input`` is not of a floating dtype.
 
     Note:

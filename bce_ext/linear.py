@@ -119,7 +119,7 @@ def linear_binary_cross_entropy_with_logits(
 
 
 def siglip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None
 ) -> Tensor:
     r"""The sigmoid loss for pairs of images and texts (SigLIP), without the matrix of logits.
 
@@ -132,8 +132,8 @@ def siglip_loss(
     Args:
         image_features: usually of length 1 each.
         text_features: as many, of the same dtype. Row :math:`i` belongs to image :math:`i`.
-        logit_scale: :math:`s`, one number; where a model learns its logarithm, ``log_scale.exp()``.
-        logit_bias: :math:`b`, one number.
+        logit_scale: :math:`s`, a tensor of one element or a number; where a model learns its logarithm, ``log_scale.exp()``.
+        logit_bias: :math:`b`, a tensor of one element or a number.
 
     Shape:
         ``image_features`` and ``text_features``: :math:`(N, D)`. Returns a scalar.
@@ -142,7 +142,7 @@ def siglip_loss(
         The loss, with gradients for all four arguments.
 
     Raises:
-        ValueError: the features are not matrices of the same size.
+        ValueError: the features are not matrices of the same size, or scale or bias is more than one number.
 
     Note:
         It is :func:`linear_binary_cross_entropy_with_logits` with the texts as labels, and class indices :math:`0, \dots, N - 1`.
@@ -161,9 +161,19 @@ def siglip_loss(
     num_pairs = image_features.shape[0]
     device = image_features.device
     return linear_binary_cross_entropy_with_logits(
-        image_features * logit_scale.to(image_features.dtype),
+        image_features * _one_number("logit_scale", logit_scale, image_features),
         text_features,
         torch.arange(num_pairs, device=device),
-        linear_bias=None if logit_bias is None else logit_bias.to(image_features.dtype).reshape(1).expand(num_pairs),
+        linear_bias=None
+        if logit_bias is None
+        else _one_number("logit_bias", logit_bias, image_features).expand(num_pairs),
         normalizer=torch.full((), num_pairs, dtype=torch.float64, device=device),
     )
+
+
+def _one_number(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=torch.float64, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"siglip_loss: expected {name} to be one number, but got size {tuple(value.shape)}")
+    return value.to(like.dtype).reshape(())

@@ -89,6 +89,10 @@ void check_target_size(const Tensor& target, const Tensor& input, const Optional
                       target.sym_sizes());
     return;
   }
+  if (!is_defined(linear_weight)) {
+    TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes(), name_of(Formula::WithLogits), ": Target size (",
+                      target.sym_sizes(), ") must be the same as input size (", input.sym_sizes(), ")");
+  }
   TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(expected), kLinearName, ": Target size (",
                     target.sym_sizes(), ") must be the same as the size of the logits (", c10::SymIntArrayRef(expected),
                     "), or one integer for each row");
@@ -96,7 +100,7 @@ void check_target_size(const Tensor& target, const Tensor& input, const Optional
 
 // A target as the internal operators take it.
 SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::SymInt& num_labels) {
-  if (target.layout() == at::kSparse || target.layout() == at::kSparseCsr) return split_sparse(target);
+  if (is_sparse(target)) return split_sparse(target);
   TORCH_CHECK(target.layout() == at::kStrided, kLinearName,
               ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
   if (!are_class_indices(target, input)) {
@@ -134,10 +138,6 @@ bool is_small(c10::SymIntArrayRef logits_size, const OptionalTensor& linear_weig
   return answer.has_value() && !*answer;
 }
 
-double number_or_nan(const std::optional<at::Scalar>& number) {
-  return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
-}
-
 Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                     const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
                     const OptionalTensor& normalizer, at::ArrayRef<double> options, int64_t reduction) {
@@ -154,12 +154,19 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   const auto logits = [&] {
     return is_defined(linear_weight) ? at::linear(input, *linear_weight, linear_bias) : input;
   };
+  const double ignore_index = options.size() < 2 ? std::numeric_limits<double>::quiet_NaN() : options[1];
+  TORCH_CHECK_VALUE(
+      std::isnan(ignore_index) || ignore_index == 0.0 || ignore_index == 1.0 || !are_class_indices(target, input),
+      kLinearName,
+      ": expected an ignore_index of 0 or 1 beside class indices, which stand for targets of 0 and 1, but "
+      "got ",
+      ignore_index, "; a row without a label has a negative index");
   if (takes_plain_form && target.layout() == at::kStrided) {
     if (!are_class_indices(target, input)) return loss_of(logits(), target);
     check_class_indices(target, size.back());
     return loss_of(logits(), one_hot(target, size.back()));
   }
-  if (takes_plain_form && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr)) {
+  if (takes_plain_form && is_sparse(target)) {
     const Tensor dense = readable_dense_of(target, input.scalar_type());
     if (dense.defined()) return loss_of(logits(), dense);
   }

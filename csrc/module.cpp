@@ -82,11 +82,37 @@ OptionalTensor as_weight(py::handle value, py::handle function, const char* argu
   return as_tensor(value, function, argument);
 }
 
-// None becomes NaN. Where a formula has no parameters and all options are at their defaults, there are none.
-c10::SmallVector<double, 8> as_numbers(const py::tuple& options) {
+// The name of an option: those of bce_ext._call.Loss.options.
+const char* option_name(int64_t formula, size_t i) {
+  static constexpr const char* kShared[] = {"label_smoothing", "ignore_index"};
+  static constexpr const char* kFocal[] = {"alpha", "gamma"};
+  static constexpr const char* kAsymmetric[] = {"gamma_neg", "gamma_pos", "clip", "eps", "detach_focusing"};
+  if (i < 2) return kShared[i];
+  return formula == static_cast<int64_t>(bce_ext::Formula::Focal) ? kFocal[i - 2] : kAsymmetric[i - 2];
+}
+
+double as_number(py::handle value, py::handle function, const char* argument) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    PyErr_Format(argument_type_error(), "%S: expected %s to be a number, but got %s", function.ptr(), argument,
+                 Py_TYPE(value.ptr())->tp_name);
+    throw py::error_already_set();
+  }
+  return number;
+}
+
+// There may be none, which is NaN.
+double as_ignore_index(py::handle value, py::handle function) {
+  return value.is_none() ? std::numeric_limits<double>::quiet_NaN() : as_number(value, function, "ignore_index");
+}
+
+// Where a formula has no parameters and all options are at their defaults, there are none.
+c10::SmallVector<double, 8> as_numbers(const py::tuple& options, py::handle function, int64_t formula) {
   c10::SmallVector<double, 8> numbers;
-  for (const py::handle& option : options) {
-    numbers.push_back(option.is_none() ? std::numeric_limits<double>::quiet_NaN() : option.cast<double>());
+  for (size_t i = 0; i < options.size(); ++i) {
+    numbers.push_back(i == 1 ? as_ignore_index(options[i], function)
+                             : as_number(options[i], function, option_name(formula, i)));
   }
   if (numbers.size() == 2 && numbers[0] == 0.0 && std::isnan(numbers[1])) numbers.clear();
   return numbers;
@@ -94,14 +120,15 @@ c10::SmallVector<double, 8> as_numbers(const py::tuple& options) {
 
 // bce_ext::binary_cross_entropy_with_logits, which takes sparse targets as well.
 at::Tensor bce_of_any_target(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& w, const OptionalTensor& p,
-                             const OptionalTensor& n, const py::tuple& options, int64_t reduction) {
+                             const OptionalTensor& n, at::ArrayRef<double> options, int64_t reduction) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "options")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
                             double, const std::optional<at::Scalar>&, const OptionalTensor&)>();
-  const auto label_smoothing = options[0].cast<double>();
-  const auto ignore_index = options[1].is_none() ? std::nullopt : std::optional<at::Scalar>(options[1].cast<double>());
+  const double label_smoothing = options.empty() ? 0.0 : options[0];
+  const auto ignore_index =
+      options.empty() || std::isnan(options[1]) ? std::nullopt : std::optional<at::Scalar>(options[1]);
   const py::gil_scoped_release no_gil;
   return op.call(x, y, w, p, reduction, label_smoothing, ignore_index, n);
 }
@@ -128,10 +155,10 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
   const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[4], function, "normalizer");
   if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  const c10::SmallVector<double, 8> numbers = as_numbers(options, function, formula);
   if (formula == static_cast<int64_t>(bce_ext::Formula::WithLogits) && y.layout() != at::kStrided) {
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, options, reduction)));
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, numbers, reduction)));
   }
-  const c10::SmallVector<double, 8> numbers = as_numbers(options);
   std::optional<py::gil_scoped_release> no_gil;
   if (takes_long(x)) no_gil.emplace();
   at::Tensor loss = op.call(x, y, w, p, n, formula, numbers, reduction, std::nullopt);
@@ -158,8 +185,9 @@ py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64
   const OptionalTensor p = as_weight(operands[5], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[6], function, "normalizer");
   if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  const auto label_smoothing = options[0].cast<double>();
-  const auto ignore_index = options[1].is_none() ? std::nullopt : std::optional<at::Scalar>(options[1].cast<double>());
+  const double label_smoothing = as_number(options[0], function, "label_smoothing");
+  const double given_index = as_ignore_index(options[1], function);
+  const auto ignore_index = std::isnan(given_index) ? std::nullopt : std::optional<at::Scalar>(given_index);
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(x, layer, y, bias, w, p, reduction, label_smoothing, ignore_index, n);
   py::gil_scoped_acquire gil;

@@ -8,12 +8,17 @@
 
 #include "composite.h"
 #include "linear.h"
+#include "sparse_target.h"
 
 namespace bce_ext {
 
 std::optional<double> Arguments::ignore_index() const {
   if (options.size() < 2 || std::isnan(options[1])) return std::nullopt;
   return options[1];
+}
+
+double number_or_nan(const std::optional<at::Scalar>& number) {
+  return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
 }
 
 namespace {
@@ -185,14 +190,6 @@ TORCH_LIBRARY(bce_ext, m) {
 namespace {
 
 using OptionalNumber = std::optional<at::Scalar>;
-
-double number_or_nan(const OptionalNumber& number) {
-  return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
-}
-
-bool is_sparse(const Tensor& target) {
-  return target.defined() && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr);
-}
 
 Tensor with_logits(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t reduction) {

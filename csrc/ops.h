@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Reduction.h>
+#include <ATen/core/Scalar.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
@@ -78,10 +79,15 @@ void check_loss_dtype(at::ScalarType dtype);
 void check_grad_output(const Tensor& grad_output, const Arguments& arguments);
 // A strided grad_output: a sparse COO one made dense, after a look at its indices, which to_dense would believe.
 Tensor strided_grad_output(const Tensor& grad_output);
+// Raises for an element of the input or the target that is outside of what the loss takes.
+[[noreturn]] void refuse_element(Formula formula, const std::optional<double>& ignore_index, bool is_target,
+                                 double value);
 // That the memory which sizes and strides describe is there. A storage can be freed or cut under a tensor.
 void check_storage(const Tensor& tensor, const char* name);
 
 const char* name_of(Formula formula);
+// An optional number as `options` hold it: NaN stands for none.
+double number_or_nan(const std::optional<at::Scalar>& number);
 inline const char* name_of(const Arguments& arguments) { return name_of(arguments.kind()); }
 
 // The dtype of the loss: that of input and target promoted, where an integral or bool target counts for nothing.

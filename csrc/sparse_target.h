@@ -26,6 +26,11 @@ Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c
 // finds it invalid: then split_sparse says why.
 Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype);
 
+// Whether a target has one of the sparse layouts that are taken.
+inline bool is_sparse(const Tensor& target) {
+  return target.defined() && (target.layout() == at::kSparse || target.layout() == at::kSparseCsr);
+}
+
 // Whether operations on the tensor are followed by nobody, so that the host may read its memory instead.
 bool is_readable(const Tensor& tensor);
 

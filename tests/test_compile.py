@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bce_ext
+import bce_ext.functional as F
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
@@ -319,3 +322,15 @@ def test_eager_and_compiled_validate_alike(loss: Loss, bad_call: str, device: st
     with pytest.raises(Exception) as compiled:  # noqa: PT011 -- Dynamo wraps it in an exception of its own
         torch.compile(loss, backend="eager", fullgraph=True)(*arguments)
     assert str(eager.value).splitlines()[0] in str(compiled.value)
+
+
+@pytest.mark.parametrize(
+    "deprecated", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}], ids=str
+)
+def test_deprecated_reductions_in_one_graph(deprecated: dict[str, bool]) -> None:
+    input, target = torch.linspace(0.1, 0.9, 6), torch.linspace(0, 1, 6)
+    for function in (F.binary_cross_entropy_with_logits, F.binary_cross_entropy):
+        compiled = torch.compile(functools.partial(function, **deprecated), backend="eager", fullgraph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(compiled(input, target), function(input, target, **deprecated))

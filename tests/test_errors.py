@@ -237,3 +237,46 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
 def test_unsupported_floating_dtypes_raise() -> None:
     with pytest.raises((NotImplementedError, RuntimeError)):
         F.binary_cross_entropy_with_logits(X.to(torch.float8_e4m3fn), Y)
+
+
+@pytest.mark.parametrize("wrong", ["a", [1], 1 + 2j, None], ids=repr)
+def test_options_that_are_no_numbers(wrong: Any) -> None:
+    x, y = torch.zeros(3), torch.zeros(3)
+    options: dict[Callable[..., Tensor], list[str]] = {
+        F.binary_cross_entropy_with_logits: ["label_smoothing", "ignore_index"],
+        F.binary_cross_entropy: ["label_smoothing", "ignore_index"],
+        F.sigmoid_focal_loss: ["label_smoothing", "ignore_index", "alpha", "gamma"],
+        F.asymmetric_loss: ["label_smoothing", "ignore_index", "gamma_neg", "gamma_pos", "clip", "eps"],
+    }
+    for function, names in options.items():
+        for name in names:
+            if name == "ignore_index" and wrong is None:
+                continue
+            with pytest.raises(bce_ext.ArgumentTypeError, match=f"{function.__name__}: expected {name} to be a number"):
+                function(x, y, **{name: wrong})
+    with pytest.raises(bce_ext.ArgumentTypeError, match="expected label_smoothing to be a number"):
+        F.linear_binary_cross_entropy_with_logits(x[None], torch.zeros(2, 3), torch.zeros(1, 2), label_smoothing=wrong)
+
+
+def test_an_ignore_index_beside_class_indices_that_no_target_has() -> None:
+    """A user of cross_entropy expects -100 to leave the row out; here it is a row without a label."""
+    input, linear_weight = torch.zeros(3, 2), torch.zeros(4, 2)
+    for size in (4, 1_500_000):  # the plain form, and blocks
+        with pytest.raises(ValueError, match="expected an ignore_index of 0 or 1 beside class indices"):
+            F.linear_binary_cross_entropy_with_logits(
+                input, torch.zeros(size, 2), torch.tensor([1, -100, 2]), ignore_index=-100
+            )
+    loss = F.linear_binary_cross_entropy_with_logits(input, linear_weight, torch.tensor([1, -100, 2]), ignore_index=0)
+    assert loss.isfinite()
+
+
+def test_numbers_of_siglip() -> None:
+    features = torch.eye(3)
+    expected = F.siglip_loss(features, features, torch.tensor(10.0), torch.tensor(-10.0))
+    assert torch.equal(F.siglip_loss(features, features, 10.0, -10), expected)
+    assert torch.equal(
+        F.siglip_loss(features, features, torch.full((1,), 10.0), torch.full((1, 1, 1), -10.0)), expected
+    )
+    for numbers in ((torch.ones(3),), (1.0, torch.ones(2))):
+        with pytest.raises(ValueError, match="to be one number, but got size"):
+            F.siglip_loss(features, features, *numbers)

@@ -584,3 +584,11 @@ def test_transforms_are_routed() -> None:
         assert torch.func.grad(lambda x: F.binary_cross_entropy_with_logits(x, TAIL[1]))(input) > 0
         batched = torch.func.vmap(F.binary_cross_entropy_with_logits)(input.expand(3, 1), TAIL[1].expand(3, 1))
     assert (batched > 0).all()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_targets_are_taken_as_by_our_own_function(layout: torch.layout) -> None:
+    logits, target = torch.linspace(-1, 1, 6).view(2, 3), torch.eye(2, 3)
+    expected = bce_ext.functional.binary_cross_entropy_with_logits(logits, target)
+    with bce_ext.fused():
+        assert torch.equal(F.binary_cross_entropy_with_logits(logits, target.to_sparse(layout=layout)), expected)

@@ -131,6 +131,7 @@ struct BCEFunction {
       stored->second = c10::IValue();
       return {scaled(std::move(gradient), grad_output), Tensor()};
     }
+    if (stored != saved_data.end()) stored->second = c10::IValue();  // a graph that is freed has no answer left
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]),
                          saved_normalizer = optional(saved[4]);

@@ -117,7 +117,7 @@ size_t num_parameters(Formula formula) {
 
 void check_not_negative(const Arguments& arguments, const char* what, double value) {
   TORCH_CHECK_VALUE(value >= 0.0 && std::isfinite(value), name_of(arguments), ": expected ", what,
-                    " to be at least 0, but got ", value);
+                    " to be finite and at least 0, but got ", value);
 }
 
 void check_parameters(const Arguments& arguments) {
@@ -132,7 +132,7 @@ void check_parameters(const Arguments& arguments) {
     TORCH_CHECK_VALUE(arguments.parameter(2) >= 0.0 && arguments.parameter(2) < 1.0, name_of(arguments),
                       ": expected clip to be at least 0 and less than 1, but got ", arguments.parameter(2));
     TORCH_CHECK_VALUE(arguments.parameter(3) > 0.0 && arguments.parameter(3) < 1.0, name_of(arguments),
-                      ": expected eps between 0 and 1, but got ", arguments.parameter(3));
+                      ": expected eps above 0 and below 1, but got ", arguments.parameter(3));
   }
 }
 
@@ -152,9 +152,11 @@ void check_options(const Arguments& arguments) {
 }  // namespace
 
 void check_storage(const Tensor& tensor, const char* name) {
-  // What is no memory of its own has nothing to check: a subclass, a meta tensor, a transform's wrapper. The operations
-  // of ATen that these end in read memory as they do for native.
-  if (!(tensor.is_cpu() || tensor.is_cuda()) || !holds_memory(tensor) || !tensor.has_storage() || tensor.numel() == 0) {
+  // What is no memory of its own has nothing to check: a subclass, a meta tensor, a transform's wrapper, a tensor of
+  // zeros that stands for one of forward-mode AD. The operations of ATen that these end in read memory as they do for
+  // native.
+  if (!(tensor.is_cpu() || tensor.is_cuda()) || !holds_memory(tensor) || tensor._is_zerotensor() ||
+      !tensor.has_storage() || tensor.numel() == 0) {
     return;
   }
   int64_t last = tensor.storage_offset();
@@ -164,6 +166,19 @@ void check_storage(const Tensor& tensor, const char* name) {
   TORCH_CHECK(static_cast<int64_t>(storage.nbytes()) >= needed && storage.data() != nullptr, "expected the memory of ",
               name, " to hold the ", needed, " bytes that its size and strides need, but its storage has ",
               storage.nbytes());
+}
+
+void refuse_element(Formula formula, const std::optional<double>& ignore_index, bool is_target, double value) {
+  if (formula == Formula::Probabilities) {
+    TORCH_CHECK(false, name_of(formula), ": all elements of ", is_target ? "target" : "input",
+                " should be between 0 and 1, but one is ", value);
+  }
+  if (ignore_index) {
+    TORCH_CHECK(false, name_of(formula), ": expected bool and integer targets to be 0, 1 or ignore_index (",
+                *ignore_index, "), but one is ", value);
+  }
+  TORCH_CHECK(false, name_of(formula), ": expected bool and integer targets to be 0 or 1, but one is ", value,
+              "; floating targets may have any value");
 }
 
 void check_reduction(const Arguments& arguments, int64_t reduction) {
@@ -213,9 +228,9 @@ void check_arguments(const Arguments& arguments) {
   TORCH_CHECK(!(arguments.takes_probabilities() && is_defined(arguments.pos_weight)), name_of(arguments),
               ": expected no pos_weight beside probabilities");
   if (is_defined(arguments.normalizer)) {
-    check_operand(arguments, *arguments.normalizer, "normalizer");
     TORCH_CHECK_VALUE(arguments.normalizer->dim() == 0, name_of(arguments),
                       ": expected a normalizer of one number, but got size ", arguments.normalizer->sym_sizes());
+    check_operand(arguments, *arguments.normalizer, "normalizer");
   }
 }
 

@@ -101,7 +101,7 @@ Tensor asymmetric(const Arguments& arguments, const Operands& operands) {
   // The derivative of exp(log_sigmoid(x)) keeps its places where that of sigmoid(x) loses them.
   const Tensor positive = at::log_sigmoid(x).exp(), negative = at::log_sigmoid(-x).exp();
   const Tensor log_positive = at::where(positive < eps, std::log(eps), at::log_sigmoid(x));
-  const Tensor rest = (positive - clip).clamp_min(0);  // 1 - Q
+  const Tensor rest = at::where(positive < clip, 0, positive - clip);  // 1 - Q; it has a slope at the clip
   const Tensor other = at::where(positive < clip, 1, negative + clip);
   const Tensor is_near_1 = rest < 0.5;
   const Tensor log_other = at::where(is_near_1, at::log1p(-at::where(is_near_1, rest, 0)),
@@ -141,9 +141,9 @@ void check_labels(const Arguments& arguments) {
   Tensor is_valid = (target == 0).logical_or(target == 1);
   if (const auto ignore_index = arguments.ignore_index()) is_valid = is_valid.logical_or(target == *ignore_index);
   if (target.is_cpu()) {
-    TORCH_CHECK(is_valid.all().item<bool>(), name_of(arguments),
-                ": expected bool and integer targets to be 0 or 1, but one is ",
-                at::masked_select(target, is_valid.logical_not())[0].item<int64_t>());
+    if (is_valid.all().item<bool>()) return;
+    const Tensor first = at::masked_select(target, is_valid.logical_not())[0];
+    refuse_element(arguments.kind(), arguments.ignore_index(), /*is_target=*/true, first.item<double>());
   } else {
     at::_assert_async(is_valid.all(), "expected bool and integer targets to be 0 or 1");
   }
@@ -159,8 +159,11 @@ std::tuple<Tensor, Tensor> backward_by_autograd(const Arguments& arguments, cons
                                                 const c10::SymInt& divisor, std::array<bool, 2> output_mask) {
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode with_graph(true);
+  // Aliases: a target that was computed from the input, or is the input, does not depend on them. What flows from one
+  // to the other belongs to the caller's graph.
   const auto leaf = [](const Tensor& tensor, bool is_wanted) {
-    return is_wanted && !tensor.requires_grad() ? tensor.alias().requires_grad_() : tensor;
+    const Tensor alias = tensor.alias();
+    return is_wanted && !alias.requires_grad() ? alias.requires_grad_() : alias;
   };
   const Tensor input = leaf(arguments.input, output_mask[0]), target = leaf(arguments.target, output_mask[1]);
   std::vector<Tensor> wanted;

@@ -18,6 +18,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Of the gradients. Where layer or bias are absent, the edges of those behind them have smaller numbers; that those
+// never require grad here (needs_plain_form) is what lets needs_input_grad be asked for these.
 constexpr int kInput = 0, kWeight = 1, kBias = 2;
 
 bool needs_plain_form(const LinearArguments& arguments) {
@@ -115,6 +117,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
       }
       return result;
     }
+    if (stored != saved_data.end()) stored->second = c10::IValue();  // a graph that is freed has no answer left
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor linear_weight = optional(saved[1]), linear_bias = optional(saved[2]),
                          indices = optional(saved[4]), weight = optional(saved[5]), pos_weight = optional(saved[6]),

@@ -1,5 +1,5 @@
 // The problem that a kernel solves, in plain C++: raw pointers, element types and strides, nothing of ATen. The host
-// code fills it in (ops.cpp), the CPU and CUDA kernels read it.
+// code fills it in (pass.cpp), the CPU and CUDA kernels read it.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +66,10 @@ constexpr int kMaxParameters = 5;
 // One elementwise pass. For each element, with x, y, w, p, g read from the operands (absent: 1) and (loss, grad_input,
 // grad_target) the terms of formulas.h for the weight w * g:
 //   output loss         = loss
-//   sum                += loss                       (when `reduce`; in an order that numel, types and alignment
-//   decide) output grad_input   = scale * grad_input output grad_target  = scale * grad_target
+//   sum                += loss                (when `reduce`)
+//   output grad_input   = scale * grad_input
+//   output grad_target  = scale * grad_target
+// The order of the sum is decided by numel on a CPU, and by numel, dtypes and alignment on a GPU.
 // The target y is first what memory holds. Where that equals `ignore_index`, all three terms are 0 whatever the other
 // operands are; elsewhere y becomes y * (1 - label_smoothing) + label_smoothing / 2.
 // The walk visits the elements in the order in which the outputs lie in memory.

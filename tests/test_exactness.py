@@ -381,3 +381,12 @@ sys.exit(pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "-k", "cpu"])
         command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_reduced_loss_is_rounded_once(requires_grad: bool) -> None:
+    """256 + (1 + 2**-20): between the bfloat16 numbers 256 and 258, just above the middle, where float32 has the middle itself."""
+    logits = torch.tensor([256.0, 100.0], dtype=torch.bfloat16, requires_grad=requires_grad)  # their losses for label 0
+    weight = torch.tensor([1.0, (1 + 2**-20) / 100])
+    loss = F.binary_cross_entropy_with_logits(logits, torch.zeros(2, dtype=torch.bfloat16), weight, reduction="sum")
+    assert loss.item() == 258.0

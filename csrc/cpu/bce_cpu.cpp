@@ -71,16 +71,8 @@ class FirstInvalid {
 
   void raise(const Problem& problem) const {
     if (chunk_ == std::numeric_limits<int64_t>::max()) return;
-    if (problem.formula == Formula::Probabilities) {
-      TORCH_CHECK(false, "binary_cross_entropy: all elements of ", element_.is_target ? "target" : "input",
-                  " should be between 0 and 1, but one is ", element_.value);
-    }
-    if (problem.ignores) {
-      TORCH_CHECK(false, name_of(problem.formula), ": expected bool and integer targets to be 0, 1 or ignore_index (",
-                  problem.ignore_index, "), but one is ", element_.value);
-    }
-    TORCH_CHECK(false, name_of(problem.formula), ": expected bool and integer targets to be 0 or 1, but one is ",
-                element_.value, "; floating targets may have any value");
+    const auto ignore_index = problem.ignores ? std::optional(problem.ignore_index) : std::nullopt;
+    refuse_element(problem.formula, ignore_index, element_.is_target, element_.value);
   }
 
  private:
@@ -161,8 +153,10 @@ bool wants_label_codes(const Problem& problem) {
 
 Tensor number(double value, at::ScalarType dtype) {
   Tensor result = empty_output({}, {}, dtype);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "number",
-                                  [&] { *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "number", [&] {
+    const double once = sizeof(scalar_t) == 2 ? round_to_odd(value) : value;
+    *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(once);
+  });
   return result;
 }
 

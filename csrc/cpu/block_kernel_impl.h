@@ -130,7 +130,8 @@ BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin,
 
 template <typename Byte>
 BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t begin, int64_t end) {
-  const float ignored = static_cast<float>(problem.ignore_index);  // as the kernels of losses compare it
+  // As the kernels of losses compare it.
+  const double ignored = problem.compute_in_double ? problem.ignore_index : static_cast<float>(problem.ignore_index);
   const bool is_byte = ignored >= std::numeric_limits<Byte>::min() && ignored <= std::numeric_limits<Byte>::max() &&
                        ignored == static_cast<Byte>(ignored);
   const int byte = is_byte ? static_cast<uint8_t>(static_cast<Byte>(ignored)) : -1;

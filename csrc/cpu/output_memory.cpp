@@ -2,9 +2,9 @@
 //
 // A training step writes a gradient of the same size as the step before. The C library returns a large block to the
 // system when it is freed, and gets the next one page by page, each of them cleared first: for a large loss that takes
-// longer than the loss itself. So a few freed blocks are kept. What is too much for the process to sit on is nobody's
-// while it waits: MADV_FREE lets the system take its pages when it runs short of memory, and those that it did not take
-// can be written to without a page fault.
+// longer than the loss itself. So a few freed blocks are kept. Beyond a limit they are marked with MADV_FREE: the
+// system may take their pages when it runs short of memory, and those that it did not take can be written to without a
+// page fault.
 #include "output_memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -38,7 +38,7 @@ constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kHugePage = 2 * kMiB;
 constexpr size_t kSmallestKept = 1 * kMiB;  // below, the C library does as well
 
-// BCE_EXT_CACHE_MIB: of all freed blocks together; what is above is nobody's. 0: nothing is kept at all.
+// BCE_EXT_CACHE_MIB: of all freed blocks together; beyond it the system may take the pages. 0: nothing is kept at all.
 size_t most_owned_from_environment() {
   constexpr size_t kDefault = 128;
   const char* const text = std::getenv("BCE_EXT_CACHE_MIB");

@@ -1,7 +1,4 @@
-// Our loss from C++, forward and backward, in a process without Python.
-//
-//   cmake -S examples/cpp -B build/cpp -DCMAKE_PREFIX_PATH="$(python -c 'import torch;
-//   print(torch.utils.cmake_prefix_path)')" cmake --build build/cpp build/cpp/bce_ext_example bce_ext/libbce_ext.so
+// Our loss from C++, forward and backward, in a process without Python. docs/guides/cpp.md has the commands.
 #include <ATen/core/Reduction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>

@@ -21,14 +21,13 @@ size_average: deprecated, see ``reduction``.
     reduce: deprecated, see ``reduction``."""
 OPTIONS = """\
 label_smoothing: pulls targets towards one half: :math:`y` becomes :math:`y (1 - s) + s / 2`, with :math:`s` in :math:`[0, 1]`.
-    ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are. Class indices stand for
-        targets of 0 and 1.
+    ignore_index: elements whose target, as given, equals this number have loss 0 and gradient 0, whatever their other operands are.
         ``'mean'`` divides by the number of the others.
     normalizer: what ``'mean'`` divides by instead of the number of elements: a 0-d tensor, which is read on its device, or a number."""
 MODULE_OPTIONS = f"""\
 {OPTIONS}
-        One that changes from call to call is an argument of ``forward``. Tensors are buffers;
-        numbers are not, so that ``module.half()`` does not round them."""
+        One that changes from call to call is an argument of ``forward``. Tensors are buffers; numbers are not, so that
+        ``module.half()`` does not round them."""
 FOCAL = """\
 alpha: the weight of the positive class, in :math:`[0, 1]`; -1 leaves it out.
     gamma: the exponent of the focusing factor, at least 0."""

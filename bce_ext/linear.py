@@ -51,7 +51,8 @@ def linear_binary_cross_entropy_with_logits(
         linear_weight: the weight of the layer, of the dtype of ``input``. Under autocast, which casts input, weight and bias for the products, their dtypes may
             differ. A :class:`torch.distributed.tensor.DTensor` that is sharded on dimension 0 divides the labels among processes.
         target: dense of any real dtype; ``torch.sparse_csr`` or ``torch.sparse_coo`` of the same size, where what is not listed is 0 and what is listed more
-            than once is added up; or class indices, one integer for each row, which is its one positive label, negative for none.
+            than once is added up; or class indices, one integer for each row, which is its one positive label, negative for none. Class indices stand for
+            targets of 0 and 1: beside them, ``ignore_index`` is one of these.
         linear_bias: the bias of the layer.
         $weight
         $pos_weight
@@ -68,7 +69,7 @@ def linear_binary_cross_entropy_with_logits(
         The loss, in the dtype of ``input``, promoted with that of a floating ``target``; under autocast float32 at least.
 
     Raises:
-        ValueError: ``target`` has a size that does not go with the logits, or ``reduction`` is unknown.
+        ValueError: ``target`` has a size that does not go with the logits, ``reduction`` is unknown, or ``ignore_index`` is not 0 or 1 beside class indices.
         IndexError: a class index is not below the number of labels.
         RuntimeError: the number of features or, outside of autocast, the dtypes differ, a sparse target is not valid, a weight does not broadcast, or the
             devices differ.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from bce_ext._call import Loss, call, reduction_number
+from bce_ext._call import Loss, as_tensor, call, reduction_number
 from bce_ext._docs import with_shared_arguments
 from bce_ext.linear import linear_binary_cross_entropy_with_logits, siglip_loss
 
@@ -24,14 +24,14 @@ __all__ = [
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    pos_weight: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     ignore_index: float | None = None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between logits and targets, its gradient computed in the same pass.
 
@@ -85,12 +85,12 @@ def binary_cross_entropy_with_logits(
     return torch.ops.bce_ext.binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
         input,
         target,
-        weight,
-        pos_weight,
+        as_tensor(weight),
+        as_tensor(pos_weight),
         number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        normalizer=normalizer,
+        normalizer=as_tensor(normalizer),
     )
 
 
@@ -98,13 +98,13 @@ def binary_cross_entropy_with_logits(
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: float | None = None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between probabilities and targets, its gradient computed in the same pass.
 
@@ -153,11 +153,11 @@ def binary_cross_entropy(
     return torch.ops.bce_ext.binary_cross_entropy(  # type: ignore[no-any-return]
         input,
         target,
-        weight,
+        as_tensor(weight),
         number,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        normalizer=normalizer,
+        normalizer=as_tensor(normalizer),
     )
 
 
@@ -168,11 +168,11 @@ def sigmoid_focal_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
+    pos_weight: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     ignore_index: float | None = None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     r"""Focal loss of logits, its gradient computed in the same pass: the signature and the values of :func:`torchvision.ops.sigmoid_focal_loss`.
 
@@ -222,11 +222,11 @@ def sigmoid_focal_loss(
         alpha,
         gamma,
         reduction_number(reduction, None, None),
-        weight=weight,
-        pos_weight=pos_weight,
+        weight=as_tensor(weight),
+        pos_weight=as_tensor(pos_weight),
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        normalizer=normalizer,
+        normalizer=as_tensor(normalizer),
     )
 
 
@@ -237,12 +237,12 @@ def asymmetric_loss(
     gamma_neg: float = 4.0,
     gamma_pos: float = 1.0,
     clip: float = 0.05,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
+    pos_weight: Tensor | float | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: float | None = None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     detach_focusing: bool = False,
     eps: float = 1e-8,
 ) -> Tensor:
@@ -295,11 +295,11 @@ def asymmetric_loss(
         gamma_pos,
         clip,
         reduction_number(reduction, None, None),
-        weight=weight,
-        pos_weight=pos_weight,
+        weight=as_tensor(weight),
+        pos_weight=as_tensor(pos_weight),
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        normalizer=normalizer,
+        normalizer=as_tensor(normalizer),
         detach_focusing=detach_focusing,
         eps=eps,
     )

@@ -23,12 +23,12 @@ def linear_binary_cross_entropy_with_logits(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
+    pos_weight: Tensor | float | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: float | None = None,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     r"""Binary cross entropy of the logits of a linear layer, without the matrix of logits.
 
@@ -108,14 +108,14 @@ def linear_binary_cross_entropy_with_logits(
     }
     if is_overridden:
         return handle_torch_function(linear_binary_cross_entropy_with_logits, operands, *operands[:3], **keywords)
+    keywords |= {name: as_tensor(keywords[name]) for name in ("weight", "pos_weight", "normalizer")}
     if is_sharded:
         from bce_ext import sharded_labels
 
         return sharded_labels.loss(*operands[:3], **keywords)
     # Compilers and tracers see public operators only.
-    tensors = {name: as_tensor(keywords[name]) for name in ("weight", "pos_weight", "normalizer")}
     return torch.ops.bce_ext.linear_binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
-        *operands[:3], **(keywords | tensors | {"reduction": number})
+        *operands[:3], **(keywords | {"reduction": number})
     )
 
 

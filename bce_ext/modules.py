@@ -1,7 +1,10 @@
 """The losses as modules; two of them are drop-in for :class:`torch.nn.BCEWithLogitsLoss` and :class:`torch.nn.BCELoss`."""
 
+from numbers import Real
+
 import torch  # TorchScript reads the annotations of modules, so they are no strings here: no `from __future__ import annotations`
 from torch import Tensor
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from bce_ext import functional as F
 from bce_ext._call import as_tensor
@@ -15,6 +18,8 @@ class _Options(torch.nn.Module):
 
     label_smoothing: float
     ignore_index: float | None
+    weight: Tensor | None
+    pos_weight: Tensor | None
     normalizer: Tensor | None
 
     def _set_options(
@@ -23,6 +28,14 @@ class _Options(torch.nn.Module):
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = None if ignore_index is None else float(ignore_index)
         _hold(self, "normalizer", normalizer)
+
+    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+        """Weight and pos_weight, and the normalizer of the call, or else of the module."""
+        if is_scripting():
+            given = as_tensor(normalizer)
+            return self.weight, self.pos_weight, self.normalizer if given is None else given
+        own = _held(self, "normalizer") if normalizer is None else normalizer
+        return _held(self, "weight"), _held(self, "pos_weight"), own
 
     def extra_repr(self) -> str:
         options = {"label_smoothing": self.label_smoothing or None, "ignore_index": self.ignore_index}
@@ -34,9 +47,6 @@ class _Options(torch.nn.Module):
 
 class _Weighted(torch.nn.Module):
     """Buffers and reduction of a loss that torch does not have, as torch's own losses hold them."""
-
-    weight: Tensor | None
-    pos_weight: Tensor | None
 
     def __init__(
         self, weight: Tensor | float | None, pos_weight: Tensor | float | None, reduction: str = "mean"
@@ -92,16 +102,17 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
         _hold(self, "pos_weight", pos_weight)
         self._set_options(label_smoothing, ignore_index, normalizer)
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
+        weight, pos_weight, normalizer = self._tensors(normalizer)
         return F.binary_cross_entropy_with_logits(
             input,
             target,
-            self.weight,
-            pos_weight=self.pos_weight,
+            weight,
+            pos_weight=pos_weight,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=self.normalizer if normalizer is None else normalizer,
+            normalizer=normalizer,
         )
 
 
@@ -143,15 +154,22 @@ class BCELoss(_Options, torch.nn.BCELoss):
         _hold(self, "weight", weight)
         self._set_options(label_smoothing, ignore_index, normalizer)
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+        if is_scripting():
+            given = as_tensor(normalizer)
+            return self.weight, None, self.normalizer if given is None else given
+        return _held(self, "weight"), None, _held(self, "normalizer") if normalizer is None else normalizer
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
+        weight, _, normalizer = self._tensors(normalizer)
         return F.binary_cross_entropy(
             input,
             target,
-            weight=self.weight,
+            weight=weight,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=self.normalizer if normalizer is None else normalizer,
+            normalizer=normalizer,
         )
 
 
@@ -195,18 +213,19 @@ class SigmoidFocalLoss(_Options, _Weighted):
         self._set_options(label_smoothing, ignore_index, normalizer)
         self.alpha, self.gamma = float(alpha), float(gamma)
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
+        weight, pos_weight, normalizer = self._tensors(normalizer)
         return F.sigmoid_focal_loss(
             input,
             target,
             self.alpha,
             self.gamma,
             self.reduction,
-            self.weight,
-            self.pos_weight,
+            weight,
+            pos_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=self.normalizer if normalizer is None else normalizer,
+            normalizer=normalizer,
         )
 
     def extra_repr(self) -> str:
@@ -257,19 +276,20 @@ class AsymmetricLoss(_Options, _Weighted):
         self.gamma_neg, self.gamma_pos, self.clip = float(gamma_neg), float(gamma_pos), float(clip)
         self.detach_focusing, self.eps = detach_focusing, eps
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
+        weight, pos_weight, normalizer = self._tensors(normalizer)
         return F.asymmetric_loss(
             input,
             target,
             self.gamma_neg,
             self.gamma_pos,
             self.clip,
-            self.weight,
-            self.pos_weight,
+            weight,
+            pos_weight,
             self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=self.normalizer if normalizer is None else normalizer,
+            normalizer=normalizer,
             detach_focusing=self.detach_focusing,
             eps=self.eps,
         )
@@ -330,28 +350,35 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
         self._set_options(label_smoothing, ignore_index, normalizer)
         self.linear = torch.nn.Linear(in_features, num_labels, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
+        weight, pos_weight, normalizer = self._tensors(normalizer)
         return F.linear_binary_cross_entropy_with_logits(
             input,
             self.linear.weight,
             target,
             linear_bias=self.linear.bias,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
+            weight=weight,
+            pos_weight=pos_weight,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=self.normalizer if normalizer is None else normalizer,
+            normalizer=normalizer,
         )
 
 
 def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:
     """Tensors are buffers. A number is none, so that ``module.half()`` does not round it: a 0-d float64 tensor, which goes with any device."""
     module._buffers.pop(name, None)
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Real)):  # those of NumPy, too
         setattr(module, name, as_tensor(value))
     else:
         module.register_buffer(name, value)
+
+
+def _held(module: torch.nn.Module, name: str) -> Tensor | None:
+    """The same as an attribute. To find a buffer takes :class:`torch.nn.Module` 0.6 µs, and a small loss no more than a few."""
+    buffers = module._buffers
+    return buffers[name] if name in buffers else getattr(module, name)
 
 
 def _text(number: float) -> str:

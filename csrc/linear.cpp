@@ -4,14 +4,12 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
+#include "find_operator.h"
 #include "sparse_target.h"
 
 namespace bce_ext {
@@ -154,13 +152,11 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   const auto logits = [&] {
     return is_defined(linear_weight) ? at::linear(input, *linear_weight, linear_bias) : input;
   };
-  const double ignore_index = options.size() < 2 ? std::numeric_limits<double>::quiet_NaN() : options[1];
-  TORCH_CHECK_VALUE(
-      std::isnan(ignore_index) || ignore_index == 0.0 || ignore_index == 1.0 || !are_class_indices(target, input),
-      kLinearName,
-      ": expected an ignore_index of 0 or 1 beside class indices, which stand for targets of 0 and 1, but "
-      "got ",
-      ignore_index, "; a row without a label has a negative index");
+  const double ignore_index = ignore_index_of(options).value_or(0.0);
+  TORCH_CHECK_VALUE(ignore_index == 0.0 || ignore_index == 1.0 || !are_class_indices(target, input), kLinearName,
+                    ": expected an ignore_index of 0 or 1 beside class indices, which stand for targets of 0 and 1, "
+                    "but got ",
+                    ignore_index, "; a row without a label has a negative index");
   if (takes_plain_form && target.layout() == at::kStrided) {
     if (!are_class_indices(target, input)) return loss_of(logits(), target);
     check_class_indices(target, size.back());
@@ -296,18 +292,16 @@ Tensor plain_loss(const LinearArguments& arguments, int64_t reduction, at::Scala
 }
 
 Tensor linear_bce(const LinearArguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bce_ext::_linear_bce", "")
-                             .typed<Signature<Tensor, int64_t, std::optional<at::ScalarType>>>();
+  static const auto op =
+      find_operator<Signature<Tensor, int64_t, std::optional<at::ScalarType>>>("bce_ext::_linear_bce");
   return call(op, arguments, reduction, dtype);
 }
 
 LossAndGrads linear_bce_loss_and_grads(const LinearArguments& arguments, c10::SymInt divisor, at::ScalarType dtype,
                                        const OptionalTensor& grad_output, LinearMask output_mask) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bce_ext::_linear_bce_loss_and_grads", "")
-          .typed<Signature<LossAndGrads, c10::SymInt, at::ScalarType, const OptionalTensor&, LinearMask>>();
+      find_operator<Signature<LossAndGrads, c10::SymInt, at::ScalarType, const OptionalTensor&, LinearMask>>(
+          "bce_ext::_linear_bce_loss_and_grads");
   return call(op, arguments, std::move(divisor), dtype, grad_output, output_mask);
 }
 

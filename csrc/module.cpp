@@ -2,7 +2,6 @@
 // operators themselves need no Python and stand in libbce_ext.so.
 #include <ATen/Functions.h>
 #include <ATen/Version.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -15,6 +14,7 @@
 #include <optional>
 #include <string>
 
+#include "find_operator.h"
 #include "problem.h"
 
 namespace py = pybind11;
@@ -65,21 +65,40 @@ PyObject* argument_type_error() {
   return type.ptr();
 }
 
-const at::Tensor& as_tensor(py::handle value, py::handle function, const char* argument) {
-  if (!THPVariable_Check(value.ptr())) {
-    PyErr_Format(argument_type_error(), "%S: expected %s to be a Tensor, but got %s", function.ptr(), argument,
-                 Py_TYPE(value.ptr())->tp_name);
-    throw py::error_already_set();
-  }
+[[noreturn]] void refuse_type(py::handle value, py::handle function, const char* argument, const char* expected) {
+  PyErr_Format(argument_type_error(), "%S: expected %s to be a %s, but got %s", function.ptr(), argument, expected,
+               Py_TYPE(value.ptr())->tp_name);
+  throw py::error_already_set();
+}
+
+const at::Tensor& as_tensor(py::handle value, py::handle function, const char* argument,
+                            const char* expected = "Tensor") {
+  if (!THPVariable_Check(value.ptr())) refuse_type(value, function, argument, expected);
   return THPVariable_Unpack(value.ptr());
+}
+
+// Those of NumPy, too.
+bool is_number(py::handle value) {
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return true;
+  static const py::handle real = py::object(py::module_::import("numbers").attr("Real")).release();
+  return py::isinstance(value, real);
+}
+
+double as_number(py::handle value, py::handle function, const char* argument) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    refuse_type(value, function, argument, "number");
+  }
+  return number;
 }
 
 // A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device.
 OptionalTensor as_weight(py::handle value, py::handle function, const char* argument) {
   if (value.is_none()) return std::nullopt;
-  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
-    return at::scalar_tensor(value.cast<double>(), at::TensorOptions(at::kDouble).device(at::kCPU));
-  return as_tensor(value, function, argument);
+  if (!THPVariable_Check(value.ptr()) && is_number(value))
+    return at::scalar_tensor(as_number(value, function, argument), at::TensorOptions(at::kDouble).device(at::kCPU));
+  return as_tensor(value, function, argument, "Tensor or a number");
 }
 
 // The name of an option: those of bce_ext._call.Loss.options.
@@ -91,20 +110,13 @@ const char* option_name(int64_t formula, size_t i) {
   return formula == static_cast<int64_t>(bce_ext::Formula::Focal) ? kFocal[i - 2] : kAsymmetric[i - 2];
 }
 
-double as_number(py::handle value, py::handle function, const char* argument) {
-  const double number = PyFloat_AsDouble(value.ptr());
-  if (number == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    PyErr_Format(argument_type_error(), "%S: expected %s to be a number, but got %s", function.ptr(), argument,
-                 Py_TYPE(value.ptr())->tp_name);
-    throw py::error_already_set();
-  }
-  return number;
-}
-
 // There may be none, which is NaN.
 double as_ignore_index(py::handle value, py::handle function) {
   return value.is_none() ? std::numeric_limits<double>::quiet_NaN() : as_number(value, function, "ignore_index");
+}
+
+std::optional<at::Scalar> unless_nan(double ignore_index) {
+  return std::isnan(ignore_index) ? std::nullopt : std::optional<at::Scalar>(ignore_index);
 }
 
 // Where a formula has no parameters and all options are at their defaults, there are none.
@@ -121,14 +133,11 @@ c10::SmallVector<double, 8> as_numbers(const py::tuple& options, py::handle func
 // bce_ext::binary_cross_entropy_with_logits, which takes sparse targets as well.
 at::Tensor bce_of_any_target(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& w, const OptionalTensor& p,
                              const OptionalTensor& n, at::ArrayRef<double> options, int64_t reduction) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bce_ext::binary_cross_entropy_with_logits", "options")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-                            double, const std::optional<at::Scalar>&, const OptionalTensor&)>();
+  static const auto op = bce_ext::find_operator<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double,
+      const std::optional<at::Scalar>&, const OptionalTensor&)>("bce_ext::binary_cross_entropy_with_logits", "options");
   const double label_smoothing = options.empty() ? 0.0 : options[0];
-  const auto ignore_index =
-      options.empty() || std::isnan(options[1]) ? std::nullopt : std::optional<at::Scalar>(options[1]);
+  const auto ignore_index = options.empty() ? std::nullopt : unless_nan(options[1]);
   const py::gil_scoped_release no_gil;
   return op.call(x, y, w, p, reduction, label_smoothing, ignore_index, n);
 }
@@ -144,11 +153,9 @@ bool takes_long(const at::Tensor& input) {
 // torch.jit.trace, which records what goes through torch.ops.
 py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
                int64_t reduction) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bce_ext::_bce", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                               const OptionalTensor&, const OptionalTensor&, int64_t,
-                                               at::ArrayRef<double>, int64_t, std::optional<at::ScalarType>)>();
+  static const auto op = bce_ext::find_operator<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      int64_t, at::ArrayRef<double>, int64_t, std::optional<at::ScalarType>)>("bce_ext::_bce");
   const at::Tensor& x = as_tensor(operands[0], function, "input");
   const at::Tensor& y = as_tensor(operands[1], function, "target");
   const OptionalTensor w = as_weight(operands[2], function, "weight");
@@ -170,12 +177,10 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
 // normalizer.
 py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64_t reduction) {
   static const py::handle function = py::str("linear_binary_cross_entropy_with_logits").release();
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bce_ext::linear_binary_cross_entropy_with_logits", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&, int64_t, double,
-                            const std::optional<at::Scalar>&, const OptionalTensor&)>();
+  static const auto op = bce_ext::find_operator<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, int64_t, double, const std::optional<at::Scalar>&, const OptionalTensor&)>(
+      "bce_ext::linear_binary_cross_entropy_with_logits");
   const at::Tensor& x = as_tensor(operands[0], function, "input");
   const at::Tensor& layer = as_tensor(operands[1], function, "linear_weight");
   const at::Tensor& y = as_tensor(operands[2], function, "target");
@@ -186,8 +191,7 @@ py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64
   const OptionalTensor n = as_weight(operands[6], function, "normalizer");
   if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   const double label_smoothing = as_number(options[0], function, "label_smoothing");
-  const double given_index = as_ignore_index(options[1], function);
-  const auto ignore_index = std::isnan(given_index) ? std::nullopt : std::optional<at::Scalar>(given_index);
+  const auto ignore_index = unless_nan(as_ignore_index(options[1], function));
   py::gil_scoped_release no_gil;
   at::Tensor loss = op.call(x, layer, y, bias, w, p, reduction, label_smoothing, ignore_index, n);
   py::gil_scoped_acquire gil;

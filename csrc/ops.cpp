@@ -1,18 +1,18 @@
 #include "ops.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
 #include "composite.h"
+#include "find_operator.h"
 #include "linear.h"
 #include "sparse_target.h"
 
 namespace bce_ext {
 
-std::optional<double> Arguments::ignore_index() const {
+std::optional<double> ignore_index_of(at::ArrayRef<double> options) {
   if (options.size() < 2 || std::isnan(options[1])) return std::nullopt;
   return options[1];
 }
@@ -22,11 +22,6 @@ double number_or_nan(const std::optional<at::Scalar>& number) {
 }
 
 namespace {
-
-template <typename Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // The C++ signature of an operator that takes Arguments and more.
 template <typename R, typename... Rest>

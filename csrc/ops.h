@@ -19,6 +19,11 @@ namespace bce_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// `options` are label_smoothing, ignore_index (NaN: none), then the parameters of the formula. What is left out is 0 or
+// none.
+std::optional<double> ignore_index_of(at::ArrayRef<double> options);
+double number_or_nan(const std::optional<at::Scalar>& number);
+
 // What every operator of the family takes first. A view of the caller's arguments: it does not outlive the call.
 struct Arguments {
   const Tensor& input;  // logits; probabilities for Formula::Probabilities
@@ -27,13 +32,12 @@ struct Arguments {
   const OptionalTensor& pos_weight;
   const OptionalTensor& normalizer;  // a part of the divisor, known on the device alone
   int64_t formula;                   // a Formula
-  // label_smoothing, ignore_index (NaN: none), then the parameters of the formula. What is left out is 0 or none.
   at::ArrayRef<double> options;
 
   Formula kind() const { return static_cast<Formula>(formula); }
   bool takes_probabilities() const { return kind() == Formula::Probabilities; }
   double label_smoothing() const { return options.empty() ? 0.0 : options[0]; }
-  std::optional<double> ignore_index() const;
+  std::optional<double> ignore_index() const { return ignore_index_of(options); }
   double parameter(size_t i) const { return options[kParameters + i]; }
   Arguments with_normalizer(const OptionalTensor& other) const {
     return {input, target, weight, pos_weight, other, formula, options};
@@ -86,8 +90,6 @@ Tensor strided_grad_output(const Tensor& grad_output);
 void check_storage(const Tensor& tensor, const char* name);
 
 const char* name_of(Formula formula);
-// An optional number as `options` hold it: NaN stands for none.
-double number_or_nan(const std::optional<at::Scalar>& number);
 inline const char* name_of(const Arguments& arguments) { return name_of(arguments.kind()); }
 
 // The dtype of the loss: that of input and target promoted, where an integral or bool target counts for nothing.

@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -238,6 +239,54 @@ def test_buffers_follow_the_module(ours: Any, native: Any, device: str) -> None:
     native_module = make(native).to(device, torch.float64)
     native_module.weight = module.weight
     torch.testing.assert_close(module(input, input), native_module(input, input))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrize_weight(module: Any, weight: Tensor) -> None:
+    module.weight = weight / 2
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+
+
+def make_parameter_of_weight(module: Any, weight: Tensor) -> None:
+    del module.weight
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def move_weight_to_class(module: Any, weight: Tensor) -> None:
+    del module.weight
+    module.__class__ = type("Subclass", (type(module),), {"weight": weight})
+
+
+@pytest.mark.parametrize(("ours", "native"), MODULES, ids=["BCEWithLogitsLoss", "BCELoss"])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda module, weight: setattr(module, "weight", weight),
+        lambda module, weight: module.load_state_dict({"weight": weight}),
+        lambda module, weight: module.register_buffer("weight", weight),
+        make_parameter_of_weight,
+        parametrize_weight,
+        move_weight_to_class,
+    ],
+    ids=["attribute", "state", "buffer", "parameter", "parametrization", "class"],
+)
+def test_weights_that_are_replaced(ours: Any, native: Any, replace: Callable[[Any, Tensor], None]) -> None:
+    input, weight = torch.linspace(0.1, 0.9, 6), torch.linspace(0, 2, 6)
+    modules = [cls(torch.ones(6)) for cls in (ours, native)]
+    for module in modules:
+        replace(module, weight)
+    torch.testing.assert_close(*(module(input, input) for module in modules))
+
+
+@pytest.mark.parametrize(("ours", "native"), MODULES, ids=["BCEWithLogitsLoss", "BCELoss"])
+def test_functional_calls(ours: Any, native: Any) -> None:
+    input, weight = torch.linspace(0.1, 0.9, 6), torch.linspace(0, 2, 6)
+    actual = torch.func.functional_call(ours(torch.ones(6)), {"weight": weight}, (input, input))
+    torch.testing.assert_close(actual, native(weight)(input, input))
 
 
 @pytest.mark.parametrize(("ours", "native"), MODULES, ids=["BCEWithLogitsLoss", "BCELoss"])

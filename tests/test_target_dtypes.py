@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any, get_type_hints
+
+import numpy
 import pytest
 import reference
 import torch
@@ -144,6 +147,37 @@ def test_numbers_as_weights(dtype: torch.dtype, reduction: str, device: str) -> 
         functions.binary_cross_entropy(probabilities, target, torch.tensor(2.0, device=device), reduction=reduction),
     )
     assert bce_ext.BCELoss(2.0, reduction=reduction).to(device)(probabilities, target).dtype == dtype
+
+
+@pytest.mark.parametrize("number", [2, True, numpy.float32(2), numpy.float16(2), numpy.int64(2)], ids=repr)
+def test_numbers_of_python_and_numpy(number: float) -> None:
+    input, target = torch.linspace(-2, 2, 6), torch.linspace(0, 1, 6)
+    tensor = torch.tensor(float(number), dtype=torch.float64)
+    for loss in (bce_ext.functional.binary_cross_entropy_with_logits, bce_ext.functional.sigmoid_focal_loss):
+        expected = loss(input, target, weight=tensor, pos_weight=tensor, normalizer=tensor, reduction="mean")
+        actual = loss(input, target, weight=number, pos_weight=number, normalizer=number, reduction="mean")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    module = bce_ext.BCEWithLogitsLoss(number, pos_weight=number, normalizer=number)
+    given = bce_ext.BCEWithLogitsLoss(number, pos_weight=number)
+    assert module(input, target) == given(input, target, number) == given(input, target, tensor)
+    layer = torch.eye(6)
+    linear = bce_ext.functional.linear_binary_cross_entropy_with_logits
+    assert linear(input, layer, target, weight=number) == linear(input, layer, target, weight=tensor)
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "linear_binary_cross_entropy_with_logits"])
+def test_annotations_admit_numbers(name: str) -> None:
+    hints = get_type_hints(getattr(bce_ext.functional, name))
+    assert {hints[each] for each in ("weight", "pos_weight", "normalizer")} == {Tensor | float | None}
+
+
+@pytest.mark.parametrize("number", ["2", [2], numpy.ones(1), 2j, 10**400], ids=lambda number: type(number).__name__)
+def test_what_is_no_number_is_refused(number: Any) -> None:
+    input = torch.zeros(3)
+    with pytest.raises(TypeError, match=r"with_logits: expected weight to be a .*number, but got"):
+        bce_ext.functional.binary_cross_entropy_with_logits(input, input, number)
+    with pytest.raises(TypeError, match=r"with_logits: expected normalizer to be a .*number, but got"):
+        bce_ext.BCEWithLogitsLoss()(input, input, number)
 
 
 @pytest.mark.parametrize("label", [2, -1, 2**32, 2**32 + 1, -(2**63)])

@@ -189,3 +189,14 @@ def test_traced_modules(reduction: str) -> None:
         torch.testing.assert_close(actual, expected)
     other = torch.ones(5, 3)  # not the size that it was traced with
     torch.testing.assert_close(traced(other, other), module(other, other))
+
+
+def test_numbers_in_scripted_code() -> None:
+    @torch.jit.script
+    def loss_of(input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(input, target, 2.0, pos_weight=3.0, normalizer=5.0)
+
+    expected = binary_cross_entropy_with_logits(INPUT, TARGET, 2.0, pos_weight=3.0, normalizer=5.0)
+    torch.testing.assert_close(loss_of(INPUT, TARGET), expected, rtol=0, atol=0)
+    module = bce_ext.BCEWithLogitsLoss(2.0, pos_weight=3.0)
+    torch.testing.assert_close(torch.jit.script(module)(INPUT, TARGET, 5.0), expected, rtol=0, atol=0)

@@ -26,37 +26,43 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, const LinearArguments& 
                  std::forward<Rest>(rest)...);
 }
 
+// The public operator that is called: without a layer it is the plain loss, of a sparse target.
+const char* name_of(const OptionalTensor& linear_weight) {
+  return is_defined(linear_weight) ? kLinearName : name_of(Formula::WithLogits);
+}
+
 // What F.linear would refuse, in one sentence. The input has any number of dimensions, and the dtypes may differ:
 // autocast makes them one.
 void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const OptionalTensor& linear_bias,
                  const Tensor& target) {
+  const char* const name = name_of(linear_weight);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, kLinearName,
+      is_arithmetic(input.scalar_type()) && input.layout() == at::kStrided, name,
       ": expected a strided input of a real floating dtype (float64, float32, bfloat16 or float16), but got ",
       input.scalar_type(), ", ", input.layout());
-  TORCH_CHECK(input.dim() >= 1, kLinearName, ": expected an input of at least one dimension, but got a number");
+  TORCH_CHECK(input.dim() >= 1, name, ": expected an input of at least one dimension, but got a number");
   TORCH_CHECK(
       !is_defined(linear_weight) || (linear_weight->dim() == 2 && linear_weight->sym_size(1) == input.sym_size(-1)),
-      kLinearName, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
+      name, ": expected linear_weight of size (num_labels, ", input.sym_size(-1), "), but got size ",
       linear_weight->sym_sizes());
   const auto check_parameter = [&](const Tensor& tensor, const char* what) {
-    TORCH_CHECK(is_arithmetic(tensor.scalar_type()) && tensor.layout() == at::kStrided, kLinearName,
-                ": expected a strided ", what, " of the dtype of input (", input.scalar_type(), "), but got ",
-                tensor.scalar_type(), ", ", tensor.layout());
-    TORCH_CHECK(tensor.device() == input.device(), kLinearName, ": expected ", what, " on the device of input (",
+    TORCH_CHECK(is_arithmetic(tensor.scalar_type()) && tensor.layout() == at::kStrided, name, ": expected a strided ",
+                what, " of the dtype of input (", input.scalar_type(), "), but got ", tensor.scalar_type(), ", ",
+                tensor.layout());
+    TORCH_CHECK(tensor.device() == input.device(), name, ": expected ", what, " on the device of input (",
                 input.device(), "), but got ", tensor.device());
     check_storage(tensor, what);
   };
   if (is_defined(linear_weight)) check_parameter(*linear_weight, "linear_weight");
   if (is_defined(linear_bias)) {
-    TORCH_CHECK(is_defined(linear_weight), kLinearName, ": expected no linear_bias without linear_weight");
+    TORCH_CHECK(is_defined(linear_weight), name, ": expected no linear_bias without linear_weight");
     check_parameter(*linear_bias, "linear_bias");
-    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), kLinearName,
+    TORCH_CHECK(linear_bias->dim() == 1 && linear_bias->sym_size(0) == linear_weight->sym_size(0), name,
                 ": expected linear_bias of size (", linear_weight->sym_size(0), "), but got size ",
                 linear_bias->sym_sizes());
   }
-  TORCH_CHECK(target.device() == input.device(), kLinearName, ": expected target on the device of input (",
-              input.device(), "), but got ", target.device());
+  TORCH_CHECK(target.device() == input.device(), name, ": expected target on the device of input (", input.device(),
+              "), but got ", target.device());
   check_storage(input, "input");
   check_storage(target, "target");
 }
@@ -97,10 +103,10 @@ void check_target_size(const Tensor& target, const Tensor& input, const Optional
 }
 
 // A target as the internal operators take it.
-SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::SymInt& num_labels) {
-  if (is_sparse(target)) return split_sparse(target);
-  TORCH_CHECK(target.layout() == at::kStrided, kLinearName,
-              ": expected a target that is strided, sparse CSR or COO, but got ", target.layout());
+SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::SymInt& num_labels, const char* loss) {
+  if (is_sparse(target)) return split_sparse(target, loss);
+  TORCH_CHECK(target.layout() == at::kStrided, loss, ": expected a target that is strided, sparse CSR or COO, but got ",
+              target.layout());
   if (!are_class_indices(target, input)) {
     if (target.dim() == 2) return {target, Tensor()};
     return {target.reshape_symint({num_rows_of(input), num_labels}), Tensor()};
@@ -163,10 +169,10 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
     return loss_of(logits(), one_hot(target, size.back()));
   }
   if (takes_plain_form && is_sparse(target)) {
-    const Tensor dense = readable_dense_of(target, input.scalar_type());
+    const Tensor dense = readable_dense_of(target, input.scalar_type(), name_of(linear_weight));
     if (dense.defined()) return loss_of(logits(), dense);
   }
-  const SparseTarget split = split_target(target, input, size.back());
+  const SparseTarget split = split_target(target, input, size.back(), name_of(linear_weight));
   const OptionalTensor indices = split.indices.defined() ? OptionalTensor(split.indices) : std::nullopt;
   const bool has_rows = input.dim() == 2;
   const Tensor rows = has_rows ? input : input.reshape_symint({num_rows_of(input), input.sym_size(-1)});

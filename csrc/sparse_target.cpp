@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 
 #include "autograd.h"
 #include "pass.h"
@@ -27,56 +28,56 @@ namespace {
 
 // A condition on what a tensor holds. Where the host cannot look without waiting, the device checks it.
 template <typename... Words>
-void check_values(const Tensor& is_valid, const Words&... words) {
+void check_values(const char* loss, const Tensor& is_valid, const Words&... words) {
   if (!is_plain(is_valid) || is_valid.is_meta()) return;
   if (is_valid.is_cpu()) {
-    TORCH_CHECK(is_valid.all().item<bool>(), kLinearName, words...);
+    TORCH_CHECK(is_valid.all().item<bool>(), loss, words...);
   } else {
-    at::_assert_async(is_valid.all(), "linear_binary_cross_entropy_with_logits: the target is not valid");
+    at::_assert_async(is_valid.all(), std::string(loss) + ": the target is not valid");
   }
 }
 
 // ---- what a sparse tensor consists of ----
 
 struct Parts {
-  Tensor values;  // (nnz)
-  Tensor crow;    // (rows + 1), where the values of each row begin; undefined for COO
-  Tensor places;  // the labels (nnz) for CSR, the indices (dimensions, nnz) for COO
+  Tensor values;     // (nnz)
+  Tensor crow;       // (rows + 1), where the values of each row begin; undefined for COO
+  Tensor places;     // the labels (nnz) for CSR, the indices (dimensions, nnz) for COO
+  const char* loss;  // whose target it is
 };
 
-Parts parts_of_csr(const Tensor& target) {
-  TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, kLinearName,
+Parts parts_of_csr(const Tensor& target, const char* loss) {
+  TORCH_CHECK(target.dim() == 2 && target.dense_dim() == 0, loss,
               ": expected a sparse CSR target of two dimensions, but got ", target.dim(), " and ", target.dense_dim(),
               " dense ones");
-  Parts parts{target.values(), target.crow_indices(), target.col_indices()};
+  Parts parts{target.values(), target.crow_indices(), target.col_indices(), loss};
   check_storage(parts.crow, "the crow_indices of target");
   check_storage(parts.places, "the col_indices of target");
   check_storage(parts.values, "the values of target");
   const int64_t count = parts.values.size(0);
   TORCH_CHECK(parts.crow.dim() == 1 && parts.crow.size(0) == target.size(0) + 1 && parts.places.dim() == 1 &&
                   parts.places.size(0) == count,
-              kLinearName, ": expected crow_indices of size ", target.size(0) + 1,
-              " and as many col_indices as values (", count, "), but got sizes ", parts.crow.sizes(), " and ",
-              parts.places.sizes());
+              loss, ": expected crow_indices of size ", target.size(0) + 1, " and as many col_indices as values (",
+              count, "), but got sizes ", parts.crow.sizes(), " and ", parts.places.sizes());
   parts.crow = parts.crow.to(at::kLong);
   parts.places = parts.places.to(at::kLong);
   return parts;
 }
 
-Parts parts_of_coo(const Tensor& target) {
-  TORCH_CHECK(target.dense_dim() == 0, kLinearName, ": expected a sparse COO target without dense dimensions, but got ",
+Parts parts_of_coo(const Tensor& target, const char* loss) {
+  TORCH_CHECK(target.dense_dim() == 0, loss, ": expected a sparse COO target without dense dimensions, but got ",
               target.dense_dim());
-  Parts parts{target._values(), Tensor(), target._indices()};
+  Parts parts{target._values(), Tensor(), target._indices(), loss};
   check_storage(parts.places, "the indices of target");
   check_storage(parts.values, "the values of target");
   TORCH_CHECK(parts.values.dim() == 1 && parts.places.dim() == 2 && parts.places.size(0) == target.dim() &&
                   parts.places.size(1) == parts.values.size(0),
-              kLinearName, ": expected as many indices of ", target.dim(), " dimensions as values, but got sizes ",
+              loss, ": expected as many indices of ", target.dim(), " dimensions as values, but got sizes ",
               parts.places.sizes(), " and ", parts.values.sizes());
   if (!target.requires_grad()) return parts;
   // Duplicates are added up anyway; only coalesced values have a derivative.
   const Tensor coalesced = target.coalesce();
-  return {coalesced.values(), Tensor(), coalesced.indices()};
+  return {coalesced.values(), Tensor(), coalesced.indices(), loss};
 }
 
 // ---- on the host ----
@@ -183,7 +184,7 @@ Tensor rows_of_csr(const Parts& parts) {
   const Tensor& crow = parts.crow;
   const int64_t count = parts.values.size(0);
   const Tensor is_monotone = (crow.diff() >= 0).all();
-  check_values(is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
+  check_values(parts.loss, is_monotone.logical_and(crow[0] == 0).logical_and(crow[-1] == count),
                ": expected crow_indices that rise from 0 to the number of values (", count, ")");
   // A search stays inside of any crow_indices, where counting through them would not.
   return at::searchsorted(crow, at::arange(count, crow.options()), /*out_int32=*/false, /*right=*/true) - 1;
@@ -193,7 +194,7 @@ Tensor rows_of_coo(const Parts& parts, at::IntArrayRef size) {
   Tensor rows = at::zeros({parts.places.size(1)}, parts.places.options());
   for (const auto d : c10::irange(size.size() - 1)) {
     const Tensor position = parts.places.select(0, d);
-    check_values((position >= 0).logical_and(position < size[d]),
+    check_values(parts.loss, (position >= 0).logical_and(position < size[d]),
                  ": expected indices of the sparse target below its size (", size[d], ") in dimension ", d);
     rows = rows * size[d] + position;
   }
@@ -203,40 +204,40 @@ Tensor rows_of_coo(const Parts& parts, at::IntArrayRef size) {
 Tensor indices_of(const Parts& parts, at::IntArrayRef size) {
   const Tensor rows = parts.crow.defined() ? rows_of_csr(parts) : rows_of_coo(parts, size);
   const Tensor labels = parts.crow.defined() ? parts.places : parts.places.select(0, -1);
-  check_values((labels >= 0).logical_and(labels < size.back()),
+  check_values(parts.loss, (labels >= 0).logical_and(labels < size.back()),
                ": expected the sparse target to have labels from 0 to ", size.back() - 1);
   return at::stack({rows, labels});
 }
 
-Parts parts_of(const Tensor& target) {
+Parts parts_of(const Tensor& target, const char* loss) {
   // Views that autograd knows of take longer to make than to read. They are made where somebody may ask for them.
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   const bool is_followed = target.requires_grad() || has_tangent(target) || transform_is_active() ||
                            target.key_set().has_any(wrapped) || c10::impl::TorchDispatchModeTLS::any_modes_set();
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
   if (!is_followed) below_autograd.emplace();
-  return target.layout() == at::kSparse ? parts_of_coo(target) : parts_of_csr(target);
+  return target.layout() == at::kSparse ? parts_of_coo(target, loss) : parts_of_csr(target, loss);
 }
 
 }  // namespace
 
-SparseTarget split_sparse(const Tensor& target) {
-  Parts parts = parts_of(target);
+SparseTarget split_sparse(const Tensor& target, const char* loss) {
+  Parts parts = parts_of(target, loss);
   Tensor indices;
   if (has_readable_indices(parts)) indices = indices_on_host(parts, target.sizes());
   if (!indices.defined()) indices = indices_of(parts, target.sizes());  // which says what is wrong, if anything is
   return {std::move(parts.values), std::move(indices)};
 }
 
-Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype) {
-  return dense_on_host(parts_of(target), target.sizes(), input_dtype);
+Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype, const char* loss) {
+  return dense_on_host(parts_of(target, loss), target.sizes(), input_dtype);
 }
 
 Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c10::SymInt& num_labels,
                 at::ScalarType input_dtype) {
   const auto rows = num_rows.maybe_as_int(), labels = num_labels.maybe_as_int();
   if (rows && labels) {
-    Tensor dense = dense_on_host({target.values, Tensor(), target.indices}, {*rows, *labels}, input_dtype);
+    Tensor dense = dense_on_host({target.values, Tensor(), target.indices, kLinearName}, {*rows, *labels}, input_dtype);
     if (dense.defined()) return dense;
   }
   const Tensor zeros = at::zeros_symint({num_rows, num_labels}, target.values.options());
@@ -255,7 +256,8 @@ void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || target.is_meta() || target.numel() == 0) return;
   // As int64, the largest numbers of uint64 would be negative: no label.
   const bool is_unsigned = target.scalar_type() == at::kUInt64;
-  if (!target.is_cpu()) return check_values(target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
+  if (!target.is_cpu())
+    return check_values(kLinearName, target.to(is_unsigned ? at::kDouble : at::kLong) < num_labels.expect_int());
   check_storage(target, "target");
   const Tensor indices = readable(target.to(at::kLong).resolve_neg().contiguous());
   const auto* begin = indices.const_data_ptr<int64_t>();

@@ -14,8 +14,8 @@ struct SparseTarget {
   Tensor values, indices;
 };
 
-// Of a sparse CSR or COO tensor, whose indices are checked.
-SparseTarget split_sparse(const Tensor& target);
+// Of a sparse CSR or COO tensor, whose indices are checked. `loss` is the name that errors begin with.
+SparseTarget split_sparse(const Tensor& target, const char* loss);
 
 // The dense target (num_rows, num_labels) of a sparse one, for an input of this dtype. Values of the same place are
 // added up; ones that have a place each may come as bool, which changes no loss.
@@ -24,7 +24,7 @@ Tensor dense_of(const SparseTarget& target, const c10::SymInt& num_rows, const c
 
 // The same of a sparse CSR or COO tensor, by one loop on the host. Undefined where that cannot read the tensor, or
 // finds it invalid: then split_sparse says why.
-Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype);
+Tensor readable_dense_of(const Tensor& target, at::ScalarType input_dtype, const char* loss);
 
 // Whether a target has one of the sparse layouts that are taken.
 inline bool is_sparse(const Tensor& target) {

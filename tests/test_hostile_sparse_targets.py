@@ -181,6 +181,18 @@ def test_csr_that_is_not_valid(name: str, index: torch.dtype, labels: int) -> No
 
 
 @pytest.mark.parametrize("labels", SIZES)
+def test_errors_begin_with_the_loss_that_was_called(labels: int) -> None:
+    of_csr = torch.sparse_csr_tensor([0, 9, 9, 4], [1, 1, 4, 0], torch.ones(4), (ROWS, labels), check_invariants=False)
+    of_coo = torch.sparse_coo_tensor(PLACES - 3, torch.ones(4), (ROWS, labels), check_invariants=False)
+    logits, layer = torch.zeros(ROWS, labels), torch.zeros(labels, 2)
+    for target in (of_csr, of_coo):
+        with pytest.raises(RuntimeError, match=r"^binary_cross_entropy_with_logits: expected"):
+            F.binary_cross_entropy_with_logits(logits, target)
+        with pytest.raises(RuntimeError, match=r"^linear_binary_cross_entropy_with_logits: expected"):
+            F.linear_binary_cross_entropy_with_logits(torch.zeros(ROWS, 2), layer, target)
+
+
+@pytest.mark.parametrize("labels", SIZES)
 def test_parts_that_are_resized_behind_its_back(labels: int) -> None:
     """In inference mode the parts of a sparse tensor are its own, not views."""
     for part, size in (("_values", (1,)), ("_values", (4096,)), ("_indices", (2, 1)), ("_indices", (1, 4))):

@@ -34,12 +34,18 @@ __device__ __forceinline__ C to_compute(T value) {
   }
 }
 
+// Rounded once: by way of float, a double would be rounded twice.
 template <typename T, typename C>
 __device__ __forceinline__ T from_compute(C value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(static_cast<float>(value));
+  constexpr bool kIsDouble = std::is_same_v<C, double>;
+  if constexpr (std::is_same_v<T, __half> && kIsDouble) {
+    return __double2half(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16> && kIsDouble) {
+    return __double2bfloat16(value);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16(static_cast<float>(value));
+    return __float2bfloat16(value);
   } else {
     return static_cast<T>(value);
   }

@@ -185,6 +185,17 @@ def test_infinities_of_half_precision_outputs(program: pathlib.Path) -> None:
     assert np.isfinite(result["total"]).all()
 
 
+@pytest.mark.parametrize(("dtype", "places"), [("bfloat16", 8), ("half", 11)])
+def test_float64_is_rounded_once(program: pathlib.Path, dtype: str, places: int) -> None:
+    """A little above the middle between two numbers, which is what is nearest to it in float32."""
+    middle, above = 1 + 2.0**-places, 1 + 2 * 2.0**-places
+    weight = Operand("double", FLAT, np.full(1, (middle + 2.0**-40) / 64))
+    zero = Operand("double", FLAT, np.zeros(1))
+    case = Case((1,), Operand(dtype, FLAT, np.full(1, 64.0)), zero, weight, loss=dtype, grad_input=dtype, total=dtype)
+    result = harness.run(program, [case])[0]
+    assert (result["loss"][0], result["total"][0], result["grad_input"][0]) == (above, above, above / 64)
+
+
 @pytest.mark.parametrize("pair", [("float", "float"), ("bfloat16", "bool"), ("float", "int16")], ids="-".join)
 def test_bit_identical_over_repeats_schedules_and_outputs(program: pathlib.Path, pair: tuple[str, str]) -> None:
     """The order in which threads, warps and blocks run, and whether a gradient is wanted beside the sum, changes no bit."""

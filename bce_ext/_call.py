@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -88,5 +90,10 @@ def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Number, ...]) -
 def as_tensor(weight: Tensor | float | None) -> Tensor | None:
     """A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device."""
     if isinstance(weight, (int, float)):
-        return torch.scalar_tensor(weight, dtype=torch.float64, device="cpu")
+        return torch.scalar_tensor(float(weight), dtype=torch.float64, device="cpu")
+    if not is_scripting():
+        if isinstance(weight, Real):  # of NumPy, among others
+            return torch.scalar_tensor(float(weight), dtype=torch.float64, device="cpu")
+        if isinstance(weight, (torch.SymInt, torch.SymFloat)):
+            return torch.scalar_tensor(weight, dtype=torch.float64, device="cpu")
     return weight

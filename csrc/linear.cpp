@@ -215,21 +215,21 @@ void check_layer(const LinearArguments& arguments) {
 
 void check_logits_and_target(const LinearArguments& arguments) {
   check_layer(arguments);
+  const char* const name = name_of(arguments.linear_weight);
   const Tensor& input = arguments.input;
   const Tensor& target = arguments.target;
   check_dtype_of_layer(input, arguments.linear_weight, "linear_weight");
   check_dtype_of_layer(input, arguments.linear_bias, "linear_bias");
-  TORCH_CHECK_VALUE(input.dim() == 2, kLinearName, ": expected rows of input, but got ", input.dim(), " dimensions");
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), kLinearName,
+  TORCH_CHECK_VALUE(input.dim() == 2, name, ": expected rows of input, but got ", input.dim(), " dimensions");
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), name,
               ": expected a real target, but got ", target.scalar_type());
   if (!arguments.is_sparse()) return check_target_size(target, input, arguments.linear_weight);
   const Tensor& indices = *arguments.indices;
   TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&
                   indices.sym_size(1) == target.sym_size(0) && indices.scalar_type() == at::kLong &&
                   indices.device() == target.device(),
-              kLinearName, ": expected int64 indices of size (2, ", target.sym_numel(),
-              ") on the device of their values, ", "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(),
-              " on ", indices.device());
+              name, ": expected int64 indices of size (2, ", target.sym_numel(), ") on the device of their values, ",
+              "but got ", indices.scalar_type(), " of size ", indices.sym_sizes(), " on ", indices.device());
   check_storage(indices, "indices");
 }
 

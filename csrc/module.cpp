@@ -77,28 +77,24 @@ const at::Tensor& as_tensor(py::handle value, py::handle function, const char* a
   return THPVariable_Unpack(value.ptr());
 }
 
-// Those of NumPy, too.
-bool is_number(py::handle value) {
-  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return true;
-  static const py::handle real = py::object(py::module_::import("numbers").attr("Real")).release();
-  return py::isinstance(value, real);
-}
-
 double as_number(py::handle value, py::handle function, const char* argument) {
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();  // an int that no double holds
     PyErr_Clear();
     refuse_type(value, function, argument, "number");
   }
   return number;
 }
 
-// A number becomes a 0-d tensor on the CPU, which broadcasts and goes with any device.
+// As bce_ext._call.as_tensor, which knows of all kinds of numbers.
 OptionalTensor as_weight(py::handle value, py::handle function, const char* argument) {
   if (value.is_none()) return std::nullopt;
-  if (!THPVariable_Check(value.ptr()) && is_number(value))
+  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr());
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
     return at::scalar_tensor(as_number(value, function, argument), at::TensorOptions(at::kDouble).device(at::kCPU));
-  return as_tensor(value, function, argument, "Tensor or a number");
+  static const auto convert = py::object(py::module_::import("bce_ext._call").attr("as_tensor")).release();
+  return as_tensor(convert(value), function, argument, "Tensor or a number");
 }
 
 // The name of an option: those of bce_ext._call.Loss.options.

@@ -237,6 +237,22 @@ def test_export(strict: bool, device: str) -> None:
                 torch.testing.assert_close(lowered.module()(x, y), model(x, y), rtol=1e-6, atol=1e-7)
 
 
+class PerRow(torch.nn.Module):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return bce_ext.BCEWithLogitsLoss()(input, target, input.shape[0])
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_export_of_a_number_that_depends_on_a_size(strict: bool, device: str) -> None:
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    input, target, _ = make_batch(functional, 5, device)
+    shapes = {"input": {0: batch}, "target": {0: batch}}
+    program = torch.export.export(PerRow(), (input, target), dynamic_shapes=shapes, strict=strict)
+    for rows in (2, 900):
+        x, y, _ = make_batch(functional, rows, device)
+        torch.testing.assert_close(program.module()(x, y), PerRow()(x, y), rtol=1e-6, atol=1e-7)
+
+
 @needs_compiler
 @pytest.mark.xfail(
     torch.__version__.startswith("2.11."),

@@ -184,8 +184,9 @@ def test_csr_that_is_not_valid(name: str, index: torch.dtype, labels: int) -> No
 def test_errors_begin_with_the_loss_that_was_called(labels: int) -> None:
     of_csr = torch.sparse_csr_tensor([0, 9, 9, 4], [1, 1, 4, 0], torch.ones(4), (ROWS, labels), check_invariants=False)
     of_coo = torch.sparse_coo_tensor(PLACES - 3, torch.ones(4), (ROWS, labels), check_invariants=False)
+    is_complex = torch.sparse_coo_tensor(PLACES, torch.ones(4, dtype=torch.complex64), (ROWS, labels))
     logits, layer = torch.zeros(ROWS, labels), torch.zeros(labels, 2)
-    for target in (of_csr, of_coo):
+    for target in (of_csr, of_coo, is_complex):
         with pytest.raises(RuntimeError, match=r"^binary_cross_entropy_with_logits: expected"):
             F.binary_cross_entropy_with_logits(logits, target)
         with pytest.raises(RuntimeError, match=r"^linear_binary_cross_entropy_with_logits: expected"):

@@ -256,6 +256,15 @@ def make_parameter_of_weight(module: Any, weight: Tensor) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def add_property(module: Any, weight: Tensor) -> None:
+    module.half_of_weight = weight / 2
+    module.__class__ = type("Subclass", (type(module),), {"weight": property(lambda self: 2 * self.half_of_weight)})
+
+
+def move_weight_to_instance(module: Any, weight: Tensor) -> None:
+    vars(module)["weight"] = weight
+
+
 def move_weight_to_class(module: Any, weight: Tensor) -> None:
     del module.weight
     module.__class__ = type("Subclass", (type(module),), {"weight": weight})
@@ -270,9 +279,11 @@ def move_weight_to_class(module: Any, weight: Tensor) -> None:
         lambda module, weight: module.register_buffer("weight", weight),
         make_parameter_of_weight,
         parametrize_weight,
+        add_property,
+        move_weight_to_instance,
         move_weight_to_class,
     ],
-    ids=["attribute", "state", "buffer", "parameter", "parametrization", "class"],
+    ids=["attribute", "state", "buffer", "parameter", "parametrization", "property", "instance", "class"],
 )
 def test_weights_that_are_replaced(ours: Any, native: Any, replace: Callable[[Any, Tensor], None]) -> None:
     input, weight = torch.linspace(0.1, 0.9, 6), torch.linspace(0, 2, 6)

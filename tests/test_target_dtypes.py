@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, get_type_hints
 
 import numpy
@@ -149,7 +150,9 @@ def test_numbers_as_weights(dtype: torch.dtype, reduction: str, device: str) -> 
     assert bce_ext.BCELoss(2.0, reduction=reduction).to(device)(probabilities, target).dtype == dtype
 
 
-@pytest.mark.parametrize("number", [2, True, numpy.float32(2), numpy.float16(2), numpy.int64(2)], ids=repr)
+@pytest.mark.parametrize(
+    "number", [2, True, numpy.float32(2), numpy.float16(2), numpy.int64(2), Fraction(5, 2), 2**70], ids=repr
+)
 def test_numbers_of_python_and_numpy(number: float) -> None:
     input, target = torch.linspace(-2, 2, 6), torch.linspace(0, 1, 6)
     tensor = torch.tensor(float(number), dtype=torch.float64)
@@ -158,6 +161,7 @@ def test_numbers_of_python_and_numpy(number: float) -> None:
         actual = loss(input, target, weight=number, pos_weight=number, normalizer=number, reduction="mean")
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     module = bce_ext.BCEWithLogitsLoss(number, pos_weight=number, normalizer=number)
+    assert all(torch.equal(each, tensor) for each in (module.weight, module.pos_weight, module.normalizer))
     given = bce_ext.BCEWithLogitsLoss(number, pos_weight=number)
     assert module(input, target) == given(input, target, number) == given(input, target, tensor)
     layer = torch.eye(6)
@@ -171,13 +175,23 @@ def test_annotations_admit_numbers(name: str) -> None:
     assert {hints[each] for each in ("weight", "pos_weight", "normalizer")} == {Tensor | float | None}
 
 
-@pytest.mark.parametrize("number", ["2", [2], numpy.ones(1), 2j, 10**400], ids=lambda number: type(number).__name__)
+@pytest.mark.parametrize(
+    "number", ["2", [2], numpy.ones(1), numpy.bool_(True), 2j], ids=lambda number: type(number).__name__
+)
 def test_what_is_no_number_is_refused(number: Any) -> None:
     input = torch.zeros(3)
     with pytest.raises(TypeError, match=r"with_logits: expected weight to be a .*number, but got"):
         bce_ext.functional.binary_cross_entropy_with_logits(input, input, number)
     with pytest.raises(TypeError, match=r"with_logits: expected normalizer to be a .*number, but got"):
         bce_ext.BCEWithLogitsLoss()(input, input, number)
+
+
+@pytest.mark.parametrize("number", [10**400, Fraction(10**400)], ids=["int", "Fraction"])
+def test_numbers_beyond_float64_are_refused(number: float) -> None:
+    with pytest.raises(OverflowError):
+        bce_ext.functional.binary_cross_entropy_with_logits(torch.zeros(3), torch.zeros(3), number)
+    with pytest.raises(OverflowError):
+        bce_ext.BCEWithLogitsLoss(number)
 
 
 @pytest.mark.parametrize("label", [2, -1, 2**32, 2**32 + 1, -(2**63)])

@@ -112,7 +112,7 @@ def test_deterministic_mode_has_nothing_to_object_to(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("weight", [None, 2.0])
 def test_losses_too_large_for_the_caches_are_the_same(weight: float | None, dtype: torch.dtype, device: str) -> None:
-    # Above 32 MiB a CPU writes them, and their gradients, past those. A chunk and one element more, as below.
+    # Above 12 MiB a CPU writes them, and their gradients, past those. A chunk and one element more, as below.
     numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1
     input, target = make_logits((numel,), dtype, device).requires_grad_(), make_targets((numel,), dtype, device)
     loss = F.binary_cross_entropy_with_logits(input, target, weight, reduction="none")
@@ -127,7 +127,7 @@ def test_losses_too_large_for_the_caches_are_the_same(weight: float | None, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_gradient_too_large_for_the_caches_is_the_same(dtype: torch.dtype, device: str) -> None:
-    # Above 32 MiB a CPU writes it past them. A chunk and one element more: the last block is not a full one.
+    # Above 12 MiB a CPU writes it past them, a third of it not. A chunk and one element more: the last block is not full.
     numel = 32 * 2**20 // dtype.itemsize + CHUNK + 1
     input, target = make_logits((numel,), dtype, device), make_targets((numel,), dtype, device)
     _, gradient = evaluate(WITH_LOGITS, input, target, None, "sum")

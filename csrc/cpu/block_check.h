@@ -24,25 +24,29 @@ BCE_EXT_HOST_DEVICE bool is_hard_label(T value, T ignored) {
 
 // Whether all elements lie in [0, 1]; false for some that do, such as -0. The bits of those numbers, taken for an
 // integer, are no larger than those of 1: one instruction for each register.
+// Like the next function it reads up to a multiple of kLanes, to which the operands of a block are filled up with
+// zeros.
 template <typename T>
 BCE_EXT_TARGET bool all_seem_in_unit_interval(int64_t n, const T* in) {
-  math::Bits<T> largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const math::Bits<T> bits = math::to_bits(in[i]);
-    largest = bits > largest ? bits : largest;
+  using Bits = math::Bits<Numbers<T>>;
+  Bits largest = 0;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Bits bits = math::to_bits(Numbers<T>::load(in + i));
+    largest = {bits.low > largest.low ? bits.low : largest.low, bits.high > largest.high ? bits.high : largest.high};
   }
-  return largest <= math::to_bits(T(1));
+  return math::all<Numbers<T>>(largest < Bits(math::to_bits(T(1)) + 1));
 }
 
 // Whether all elements are 0 or 1, the numbers that are their own square. The first few tell most soft labels.
 template <typename T>
 BCE_EXT_TARGET bool are_hard_labels(int64_t n, const T* in) {
-  math::Bits<T> differences = 0;
-  const int64_t few = smaller(n, kLanes<T>);
-  for (int64_t i = 0; i < few; ++i) differences |= math::to_bits(in[i] * in[i] - in[i]);
-  if (differences != 0) return false;
-  for (int64_t i = few; i < n; ++i) differences |= math::to_bits(in[i] * in[i] - in[i]);
-  return differences == 0;
+  math::Bits<Numbers<T>> differences = 0;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Numbers<T> y = in_registers(Numbers<T>::load(in + i));
+    differences = differences | math::to_bits(y * y - y);
+    if (i == 0 && !math::all<Numbers<T>>(differences == 0)) return false;
+  }
+  return math::all<Numbers<T>>(differences == 0);
 }
 
 // The index of the first element that fails, or n. `check`: a function of the element and of `ignored`.

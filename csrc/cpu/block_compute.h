@@ -157,9 +157,10 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
       if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
-      const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
+      const Numbers<T> input = in_registers(load<Numbers<T>>(x + i));
+      const Numbers<T> target = in_registers(load_target<Numbers<T>>(y, i));
       const auto ignored = ignored_of(y, i, target, constants.rule);
-      const Numbers<T> stage = kHasFirstStage ? Numbers<T>::load(first + i) : Numbers<T>(T(0));
+      const Numbers<T> stage = kHasFirstStage ? in_registers(Numbers<T>::load(first + i)) : Numbers<T>(T(0));
       const auto terms =
           evaluate<kLabels>(formula, constants.rule, input, target, ignored, weight, pos_weight, scale, stage);
       if constexpr ((kWanted & kLoss) != 0) store(terms.loss, block.loss + i, block.loss_past_caches);
@@ -177,7 +178,8 @@ template <Labels kLabels, typename T, typename Formula>
 BCE_EXT_TARGET bool sum_leaning(const Formula& formula, const T* x, const T* y, Numbers<T>& sum) {
   Leaning<Numbers<T>> leaning[4];
   for (int64_t part = 0; part < 4; ++part) {
-    leaning[part] = formula.lean(Numbers<T>::load(x + part * kLanes<T>), Numbers<T>::load(y + part * kLanes<T>));
+    const int64_t at = part * kLanes<T>;
+    leaning[part] = formula.lean(in_registers(Numbers<T>::load(x + at)), in_registers(Numbers<T>::load(y + at)));
   }
   return math::all<Numbers<T>>(bce_ext::sum_leaning<kLabels == Labels::Hard>(leaning, sum));
 }

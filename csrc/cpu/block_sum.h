@@ -76,13 +76,15 @@ BCE_EXT_TARGET inline int64_t count_equal_bytes(int64_t n, const void* in, uint8
   return count;
 }
 
+// Over kCount packs, one after the other.
 template <typename T, int kCount>
-BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e, int64_t step) {
+BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e) {
   if constexpr (kCount == 1) {
-    return Numbers<T>::load(e);
+    return in_registers(Numbers<T>::load(e));
   } else {
-    return math::product_of_excesses(product_of_excesses<T, kCount / 2>(e, step),
-                                     product_of_excesses<T, kCount / 2>(e + kCount / 2 * step, step));
+    constexpr int kHalf = kCount / 2;
+    return math::product_of_excesses(product_of_excesses<T, kHalf>(e),
+                                     product_of_excesses<T, kHalf>(e + kHalf * kLanes<T>));
   }
 }
 
@@ -114,12 +116,12 @@ class Log1pSum {
   // Multiplies kCount of (1 + e) at a time, and returns how many elements that were.
   template <int64_t kCount>
   BCE_EXT_TARGET int64_t multiply(const T* e, int64_t n) {
-    const int64_t step = n / (kCount * kLanes<T>)*kLanes<T>;
-    for (int64_t i = 0; i < step; i += kLanes<T>) {
-      product_of_excesses<T, kCount>(e + i, step).store(products_ + size_ + i);
+    constexpr int64_t kGroup = kCount * kLanes<T>;
+    int64_t i = 0;
+    for (; i + kGroup <= n; i += kGroup, size_ += kLanes<T>) {
+      product_of_excesses<T, kCount>(e + i).store(products_ + size_);
     }
-    size_ += step;
-    return kCount * step;
+    return i;
   }
 
   // All blocks but the last two of a chunk are multiplied by kFactors. Of those, less than kFactors * kLanes elements

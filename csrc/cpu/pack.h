@@ -67,15 +67,21 @@ struct Pack {
   friend BCE_EXT_HOST_DEVICE Condition operator>(Pack a, Pack b) { return {a.low > b.low, a.high > b.high}; }
 };
 
-// See number.h.
+// The same numbers, held in registers: GCC reads them from memory once for each use otherwise.
 template <typename T, int kBytes>
-BCE_EXT_HOST_DEVICE Pack<T, kBytes> rounded(Pack<T, kBytes> numbers) {
+BCE_EXT_HOST_DEVICE Pack<T, kBytes> in_registers(Pack<T, kBytes> numbers) {
 #if defined(__x86_64__)
   asm("" : "+v"(numbers.low), "+v"(numbers.high));
 #elif defined(__aarch64__)
   asm("" : "+w"(numbers.low), "+w"(numbers.high));
 #endif
   return numbers;
+}
+
+// See number.h. Of what is in registers, a compiler does not know how it was computed.
+template <typename T, int kBytes>
+BCE_EXT_HOST_DEVICE Pack<T, kBytes> rounded(Pack<T, kBytes> numbers) {
+  return in_registers(numbers);
 }
 
 namespace math {

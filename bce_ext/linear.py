@@ -119,6 +119,16 @@ def linear_binary_cross_entropy_with_logits(
     )
 
 
+def dense_target(target: Tensor, logits: Tensor) -> Tensor:
+    """A target for the loss of some logits: class indices become the labels that they stand for."""
+    is_integer = not target.is_floating_point() and target.dtype != torch.bool
+    if target.layout != torch.strided or target.dim() != logits.dim() - 1 or not is_integer:
+        return target
+    labels = target.unsqueeze(-1).to(torch.int64)
+    none = torch.zeros(logits.shape, dtype=torch.bool, device=target.device)
+    return none.scatter(-1, labels.clamp(min=0), labels >= 0)
+
+
 def siglip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from bce_ext import functional as F
 from bce_ext._call import as_tensor
 from bce_ext._docs import with_shared_arguments
+from bce_ext.linear import dense_target
 
 __all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "LinearBCEWithLogitsLoss", "SigmoidFocalLoss"]
 
@@ -309,6 +310,8 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
     r"""A linear layer and the binary cross entropy of its logits: :func:`bce_ext.functional.linear_binary_cross_entropy_with_logits` as a module.
 
     It takes the place of the last layer and the loss. The layer is ``loss.linear``, a :class:`torch.nn.Linear`: call it for logits, for example to predict.
+    Where something has changed what a call of it computes (hooks, ``spectral_norm``, an adapter in its place), the loss calls it, too, and has all logits in
+    memory.
 
     Args:
         in_features: the number of features :math:`D`.
@@ -355,6 +358,18 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
         weight, pos_weight, normalizer = self._tensors(normalizer)
+        if not _is_product(self.linear):
+            logits = self.linear(input)
+            return F.binary_cross_entropy_with_logits(
+                logits,
+                dense_target(target, logits),
+                weight,
+                reduction=self.reduction,
+                pos_weight=pos_weight,
+                label_smoothing=self.label_smoothing,
+                ignore_index=self.ignore_index,
+                normalizer=normalizer,
+            )
         return F.linear_binary_cross_entropy_with_logits(
             input,
             self.linear.weight,
@@ -367,6 +382,21 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
             ignore_index=self.ignore_index,
             normalizer=normalizer,
         )
+
+
+def _is_product(layer: torch.nn.Module) -> bool:
+    """Whether a call of the layer is ``F.linear`` of its parameters and nothing else.
+
+    Subclasses, adapters and hooks may compute the parameters at that time, as FSDP does, or change input or output. The hooks of DTensor's parallel styles do
+    neither: they move tensors between processes, as the loss does by itself.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return (
+        isinstance(layer, torch.nn.Linear)
+        and type(layer).forward is torch.nn.Linear.forward
+        and "forward" not in layer.__dict__
+        and all(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for kind in hooks for hook in kind.values())
+    )
 
 
 def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:

@@ -55,7 +55,7 @@ def loss(
         reduction=reduction,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        normalizer=_whole(normalizer),
+        normalizer=part.shared(normalizer),
     )
     return part.losses(local) if reduction == "none" else part.sum(local)
 
@@ -105,11 +105,21 @@ class Part:
             linear_bias = DTensor.from_local(linear_bias, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         return self.linear_weight(linear_bias.redistribute(placements=self.of_labels))
 
+    def shared(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor that is whole on each process; its gradient is the sum of those that the processes have."""
+        if tensor is None or not tensor.requires_grad:
+            return _whole(tensor)
+        replicated = [Replicate()] * self.mesh.ndim
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, self.mesh, replicated, run_check=False)
+        summed = [Partial() if is_shared else Replicate() for is_shared in self.is_shared]
+        return tensor.redistribute(placements=replicated).to_local(grad_placements=summed)
+
     def elements(self, tensor: Tensor | None) -> Tensor | None:
         """The part of a tensor that broadcasts to the logits."""
-        tensor = _whole(tensor)
-        if tensor is None or not isinstance(tensor, Tensor):
-            return tensor
+        tensor = self.shared(tensor)
+        if tensor is None:
+            return None
         if tensor.dim() >= 1 and tensor.shape[-1] != 1:
             tensor = tensor.narrow(-1, self.label, self.labels)
         if tensor.dim() == 2 and tensor.shape[0] != 1:
@@ -160,7 +170,9 @@ class Part:
             return self._sparse(target)
         if target.dim() == 1:
             return self._class_indices(target.narrow(0, self.row, self.rows))
-        return target.narrow(0, self.row, self.rows).narrow(1, self.label, self.labels)
+        whole = self.shared(target)
+        assert whole is not None
+        return whole.narrow(0, self.row, self.rows).narrow(1, self.label, self.labels)
 
     def _class_indices(self, indices: Tensor) -> Tensor:
         own = indices.to(torch.int64) - self.label
@@ -179,7 +191,9 @@ class Part:
         rows, labels = rows.to(torch.int64) - self.row, labels - self.label
         own = (rows >= 0) & (rows < self.rows) & (labels >= 0) & (labels < self.labels)
         indices = torch.stack([rows[own], labels[own]])
-        return torch.sparse_coo_tensor(indices, values[own], (self.rows, self.labels), check_invariants=False)
+        whole = self.shared(values)
+        assert whole is not None
+        return torch.sparse_coo_tensor(indices, whole[own], (self.rows, self.labels), check_invariants=False)
 
     def count_valid(self, target: Tensor, ignore_index: float) -> Tensor:
         """The number of elements on all processes that are not ignored."""

@@ -68,11 +68,12 @@ Tensor bounded(const Tensor& logarithm) { return logarithm.clamp_min(kLogOf0); }
 // have lost. Near y = 0, log(u) is log(a) + log1p(y * (b/a - 1)), and so at 1.
 Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& log_a, const Tensor& log_b,
              const Tensor& gamma) {
-  constexpr double kSmallest = 1e-17;  // smaller parts of the other class have no say in what float32 can hold
+  // Smaller parts of the other class have no say, so that no derivative of second order overflows.
+  const double smallest = y.scalar_type() == at::kDouble ? 1e-150 : 1e-17;
   const Tensor is_0 = y == 0, is_1 = y == 1;
   const Tensor share_at_0 = at::where(is_0, y, 0), share_at_1 = at::where(is_1, 1 - y, 0);
-  const Tensor log_at_0 = log_a + at::log1p(share_at_0 * (b / a.clamp_min(kSmallest) - 1));
-  const Tensor log_at_1 = log_b + at::log1p(share_at_1 * (a / b.clamp_min(kSmallest) - 1));
+  const Tensor log_at_0 = log_a + at::log1p(share_at_0 * (b / a.clamp_min(smallest) - 1));
+  const Tensor log_at_1 = log_b + at::log1p(share_at_1 * (a / b.clamp_min(smallest) - 1));
   const Tensor of_hard = at::exp(gamma * at::where(is_0, log_at_0, log_at_1));
   const Tensor is_hard = is_0.logical_or(is_1);
   return at::where(is_hard, of_hard, at::pow(at::where(is_hard, 1, (1 - y) * a + y * b), gamma));
@@ -103,9 +104,10 @@ Tensor asymmetric(const Arguments& arguments, const Operands& operands) {
   const Tensor log_positive = at::where(positive < eps, std::log(eps), at::log_sigmoid(x));
   const Tensor rest = at::where(positive < clip, 0, positive - clip);  // 1 - Q; it has a slope at the clip
   const Tensor other = at::where(positive < clip, 1, negative + clip);
-  const Tensor is_near_1 = rest < 0.5;
-  const Tensor log_other = at::where(is_near_1, at::log1p(-at::where(is_near_1, rest, 0)),
-                                     at::log(at::where(is_near_1, 1, other.clamp_min(eps))));
+  const Tensor is_near_1 = rest < 0.5, is_bounded = other < eps;
+  const Tensor by_rest = at::log1p(-at::where(is_near_1, rest, 0));
+  const Tensor by_other = at::log(at::where(is_near_1.logical_or(is_bounded), 1, other));
+  const Tensor log_other = at::where(is_bounded, std::log(eps), at::where(is_near_1, by_rest, by_other));
   const Tensor entropy = -(operands.positive() * log_positive + (1 - y) * log_other);
   const Tensor gamma = gamma_pos * y + gamma_neg * (1 - y);
   const Tensor log_rest =
@@ -134,10 +136,20 @@ Tensor elementwise_loss(const Arguments& arguments, const Operands& operands) {
   return operands.cleared(operands.weighted(loss));
 }
 
-// Bool and integer targets are 0 or 1, as in the kernels; what is no memory cannot be looked at.
+// Bool and integer targets are 0 or 1, as in the kernels. Where a transform hides their values, a look-up in a table of
+// two refuses others; in a graph that is traced nothing does.
 void check_labels(const Arguments& arguments) {
   const Tensor& target = arguments.target;
-  if (!is_hard_label(target.scalar_type()) || target.scalar_type() == at::kBool || !is_plain(target)) return;
+  if (!is_hard_label(target.scalar_type()) || target.scalar_type() == at::kBool) return;
+  if (!is_plain(target)) {
+    constexpr c10::DispatchKeySet transformed(
+        {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+    if (!target.key_set().has_any(transformed)) return;
+    const auto ignore_index = arguments.ignore_index();
+    const Tensor labels = ignore_index ? at::where(target == *ignore_index, 0, target) : target;
+    at::embedding(at::arange(2, target.options().dtype(at::kLong)).unsqueeze(-1), labels.to(at::kLong));
+    return;
+  }
   Tensor is_valid = (target == 0).logical_or(target == 1);
   if (const auto ignore_index = arguments.ignore_index()) is_valid = is_valid.logical_or(target == *ignore_index);
   if (target.is_cpu()) {

@@ -9,6 +9,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
+#include <utility>
+
 #include "autograd.h"
 #include "linear.h"
 
@@ -64,6 +67,8 @@ variable_list wanted(const LossAndGrads& results, const LinearMask& mask) {
 struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
   static constexpr int kArguments = 11;       // of forward
+  // Each by itself, as compiled autograd traces tensors, but no lists of them.
+  static constexpr std::array kStored = {"grad_input", "grad_weight", "grad_bias"};
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& linear_weight,
                         const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& indices,
@@ -76,10 +81,9 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto results =
         linear_bce_loss_and_grads(arguments, divisor_of(arguments, reduction), dtype, std::nullopt, mask);
-    if (any(mask)) {
-      c10::List<Tensor> gradients;
-      for (Tensor& gradient : wanted(results, mask)) gradients.push_back(std::move(gradient));
-      ctx->saved_data["gradients"] = std::move(gradients);
+    const variable_list gradients = wanted(results, mask);
+    for (int i = 0; i < 3; ++i) {
+      if (mask[i]) ctx->saved_data[kStored[i]] = gradients[i];
     }
     ctx->saved_data["options"] = options;
     ctx->saved_data["reduction"] = reduction;
@@ -103,21 +107,19 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     auto& saved_data = ctx->saved_data;
     const Tensor grad_output = strided_grad_output(given_grad_output);
     const bool is_differentiated = at::GradMode::is_enabled() || has_tangent(grad_output);
-    const auto stored = saved_data.find("gradients");
-    if (stored != saved_data.end() && !is_differentiated && stored->second.isTensorList()) {
-      // Handed over once and for all: nobody else may see the tensors scaled, or scale them again. A second backward
-      // through a retained graph computes them anew.
-      const c10::List<Tensor> gradients = std::move(stored->second).toTensorList();
-      stored->second = c10::IValue();
-      variable_list result(3);
-      for (int i = 0; i < 3; ++i) {
-        if (!mask[i]) continue;
-        Tensor gradient = gradients.extract(i);
-        result[i] = scaled(std::move(gradient), grad_output);
-      }
-      return result;
+    // Handed over once and for all: nobody else may see the tensors scaled, or scale them again. A second backward
+    // through a retained graph computes them anew. And a graph that is freed has no answer left.
+    variable_list stored(3);
+    for (int i = 0; i < 3; ++i) {
+      const auto entry = saved_data.find(kStored[i]);
+      if (entry != saved_data.end() && entry->second.isTensor())
+        stored[i] = std::exchange(entry->second, {}).toTensor();
     }
-    if (stored != saved_data.end()) stored->second = c10::IValue();  // a graph that is freed has no answer left
+    const auto is_stored = [&](int i) { return !mask[i] || stored[i].defined(); };
+    if (!is_differentiated && any(mask) && is_stored(kInput) && is_stored(kWeight) && is_stored(kBias)) {
+      for (int i = 0; i < 3; ++i) stored[i] = mask[i] ? scaled(std::move(stored[i]), grad_output) : Tensor();
+      return stored;
+    }
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor linear_weight = optional(saved[1]), linear_bias = optional(saved[2]),
                          indices = optional(saved[4]), weight = optional(saved[5]), pos_weight = optional(saved[6]),

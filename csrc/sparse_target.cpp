@@ -271,7 +271,11 @@ void check_class_indices(const Tensor& target, const c10::SymInt& num_labels) {
 
 Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || !target.is_cpu()) {
-    return target.unsqueeze(-1) == at::arange(num_labels, target.options().dtype(at::kLong));
+    c10::SymDimVector size(target.sym_sizes());
+    size.push_back(num_labels);
+    // Scattering refuses an index that is too large, where check_class_indices cannot read it.
+    const Tensor labels = target.to(at::kLong).unsqueeze(-1);
+    return at::zeros_symint(size, target.options().dtype(at::kBool)).scatter(-1, labels.clamp_min(0), labels >= 0);
   }
   const Tensor indices = readable(target.to(at::kLong).resolve_neg().contiguous());
   c10::DimVector size(target.sizes());

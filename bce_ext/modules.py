@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import torch  # TorchScript reads the annotations of modules, so they are no strings here: no `from __future__ import annotations`
 from torch import Tensor
@@ -23,6 +24,15 @@ class _Options(torch.nn.Module):
     weight: Tensor | None
     pos_weight: Tensor | None
     normalizer: Tensor | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What replaces a weight is a number or a buffer again, whichever the weight was."""
+        is_weight = name in ("weight", "pos_weight", "normalizer") and not hasattr(type(self), name)
+        if is_weight and (isinstance(value, Real) or (_is_buffer(value) and name in self.__dict__)):
+            self.__dict__.pop(name, None)
+            _hold(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _set_options(
         self, label_smoothing: float, ignore_index: float | None, normalizer: Tensor | float | None
@@ -278,7 +288,7 @@ class AsymmetricLoss(_Options, _Weighted):
         super().__init__(weight, pos_weight, reduction)
         self._set_options(label_smoothing, ignore_index, normalizer)
         self.gamma_neg, self.gamma_pos, self.clip = float(gamma_neg), float(gamma_pos), float(clip)
-        self.detach_focusing, self.eps = detach_focusing, eps
+        self.detach_focusing, self.eps = bool(detach_focusing), float(eps)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
         weight, pos_weight, normalizer = self._tensors(normalizer)
@@ -395,15 +405,23 @@ def _is_product(layer: torch.nn.Module) -> bool:
         isinstance(layer, torch.nn.Linear)
         and type(layer).forward is torch.nn.Linear.forward
         and "forward" not in layer.__dict__
-        and all(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for kind in hooks for hook in kind.values())
+        and all(
+            getattr(hook, "__module__", "").startswith("torch.distributed.tensor")
+            for kind in hooks
+            for hook in kind.values()
+        )
     )
+
+
+def _is_buffer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:
     """Tensors are buffers. A number is none, so that ``module.half()`` does not round it: a 0-d float64 tensor, which goes with any device."""
     module._buffers.pop(name, None)
     if isinstance(value, (int, float, Real)):
-        setattr(module, name, as_tensor(value))
+        module.__dict__[name] = as_tensor(value)
     else:
         module.register_buffer(name, value)
 

@@ -2,6 +2,7 @@
 // operators themselves need no Python and stand in libbce_ext.so.
 #include <ATen/Functions.h>
 #include <ATen/Version.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -145,8 +146,12 @@ bool takes_long(const at::Tensor& input) {
   return !input.is_cpu() || input.sym_numel().maybe_as_int().value_or(kMany) >= kMany;
 }
 
-// The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented under
-// torch.jit.trace, which records what goes through torch.ops.
+// Whether operators are being recorded: by torch.jit.trace, which sees those of torch.ops, or by a mode, as
+// torch.export has. Programs are to hold public operators.
+bool is_traced() { return torch::jit::tracer::isTracing() || c10::impl::TorchDispatchModeTLS::any_modes_set(); }
+
+// The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented where that
+// would be recorded.
 py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
                int64_t reduction) {
   static const auto op = bce_ext::find_operator<at::Tensor(
@@ -157,7 +162,7 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
   const OptionalTensor w = as_weight(operands[2], function, "weight");
   const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[4], function, "normalizer");
-  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (is_traced()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   const c10::SmallVector<double, 8> numbers = as_numbers(options, function, formula);
   if (formula == static_cast<int64_t>(bce_ext::Formula::WithLogits) && y.layout() != at::kStrided) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, numbers, reduction)));
@@ -185,7 +190,7 @@ py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64
   const OptionalTensor w = as_weight(operands[4], function, "weight");
   const OptionalTensor p = as_weight(operands[5], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[6], function, "normalizer");
-  if (torch::jit::tracer::isTracing()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (is_traced()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   const double label_smoothing = as_number(options[0], function, "label_smoothing");
   const auto ignore_index = unless_nan(as_ignore_index(options[1], function));
   py::gil_scoped_release no_gil;

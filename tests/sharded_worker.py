@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import bce_ext
 import bce_ext.functional as F
@@ -108,6 +109,43 @@ def fsdp() -> None:
         same(parameter.grad, other.grad)
 
 
+def fsdp_of_the_layer() -> None:
+    """Where the layer is a unit of its own, its parameters are there during a call of it only."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(4 * ROWS, FEATURES, 7, "class indices")
+    torch.manual_seed(0)
+    whole = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+    torch.manual_seed(0)
+    sharded = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+    fully_shard(sharded.linear, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    own = slice(dist.get_rank() * ROWS, (dist.get_rank() + 1) * ROWS)
+    for _ in range(2):
+        whole(case.input, case.target).backward()
+        sharded(case.input[own], case.target[own]).backward()
+    for parameter, other in zip(sharded.parameters(), whole.parameters(), strict=True):
+        same(parameter.grad, other.grad)
+
+
+def parallel_style_of_the_layer() -> None:
+    """Its hooks move tensors between processes. The loss does that by itself, and no process has the logits of another."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case(ROWS, FEATURES, 8, "class indices")
+    torch.manual_seed(0)
+    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 8, dtype=torch.float64)
+    expected = loss(case.input, case.target)
+    expected.backward()
+    gradients = [full(parameter.grad).clone() for parameter in loss.parameters()]
+    loss.zero_grad()
+    parallelize_module(loss.linear, mesh, ColwiseParallel())
+    actual = loss(case.input, case.target)
+    assert isinstance(actual, DTensor) and actual.placements[0].is_partial()
+    actual.backward()
+    same(actual.detach(), expected.detach())
+    for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
+        same(parameter.grad, gradient)
+
+
 def errors() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     case = make_case(ROWS, FEATURES, 8)
@@ -148,20 +186,52 @@ def values_of_a_sparse_target_that_require_grad() -> None:
         values = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, requires_grad=True)
         target = torch.sparse_coo_tensor(torch.tensor([[0, 3, 5], [1, 7, 2]]), values, (ROWS, 8))
         LOSS(case.input, linear_weight, target).backward()
-        assert values.grad is not None
-        gradient = values.grad.clone()
-        if linear_weight is by_labels:  # each process has the part of its labels
-            dist.all_reduce(gradient)
-        gradients.append(gradient)
-    same(gradients[1], gradients[0])
+        gradients.append(values.grad)
+    same(gradients[1], full(gradients[0]))
+
+
+def shared_tensors_that_require_grad() -> None:
+    """Each process has all of them, and gets the gradient of the whole loss."""
+    processes = dist.get_world_size()
+    row, of_row, one = (ROWS, 1), torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64).view(ROWS, 1), torch.ones(())
+    for labels in (8, 2):  # 2: some processes have none
+        case = make_case(ROWS, FEATURES, labels, "dense")
+        given = {
+            "target": case.target,
+            "weight": of_row.expand(row),
+            "pos_weight": torch.linspace(1, 2, labels, dtype=torch.float64),
+            "normalizer": 3 * one.double(),
+        }
+
+        def gradients(
+            input: Tensor, linear_weight: Tensor, place: Callable[[Tensor], Tensor], given: dict[str, Tensor] = given
+        ) -> list[Tensor | None]:
+            leaves = {name: place(tensor.clone()).requires_grad_() for name, tensor in given.items()}
+            keywords = {name: leaf for name, leaf in leaves.items() if name != "target"}
+            LOSS(input, linear_weight, leaves["target"], **keywords).backward()
+            return [leaf.grad for leaf in leaves.values()]
+
+        expected = gradients(case.input, case.linear_weight, lambda tensor: tensor)
+        by_labels = (init_device_mesh("cpu", (processes,)), [Replicate()], [Shard(0)])
+        by_both = (init_device_mesh("cpu", (2, processes // 2)), [Shard(0), Replicate()], [Replicate(), Shard(0)])
+        for mesh, of_rows, of_labels in (by_labels, by_both):
+            input = distribute_tensor(case.input, mesh, of_rows)
+            linear_weight = distribute_tensor(case.linear_weight, mesh, of_labels)
+            on_all = [Replicate()] * mesh.ndim
+            for place in (lambda tensor: tensor, lambda tensor: distribute_tensor(tensor, mesh, on_all)):  # noqa: B023
+                for actual, other in zip(gradients(input, linear_weight, place), expected, strict=True):
+                    same(actual, full(other))
 
 
 CHECKS: tuple[Callable[[], None], ...] = (
     even_and_uneven,
     rows_and_labels,
     fsdp,
+    fsdp_of_the_layer,
+    parallel_style_of_the_layer,
     errors,
     values_of_a_sparse_target_that_require_grad,
+    shared_tensors_that_require_grad,
 )
 
 if __name__ == "__main__":

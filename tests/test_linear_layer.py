@@ -1,0 +1,120 @@
+"""The layer of LinearBCEWithLogitsLoss: where a call of it is more than the product of its parameters, the loss is that of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from linear_cases import KINDS, make_case, plain
+from torch import Tensor
+from torch.nn.utils import prune
+
+import bce_ext
+
+ROWS, FEATURES, LABELS = 5, 3, 7
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse")
+
+
+class Adapter(torch.nn.Module):
+    """Of low rank, around a layer whose parameters it passes on, as the adapters of other libraries do."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(2, FEATURES, dtype=torch.float64))
+        self.up = torch.nn.Parameter(torch.randn(LABELS, 2, dtype=torch.float64))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.base(input) + input @ self.down.T @ self.up.T  # type: ignore[no-any-return]
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def with_adapter(loss: bce_ext.LinearBCEWithLogitsLoss) -> None:
+    loss.linear = Adapter(loss.linear)  # type: ignore[assignment]
+
+
+def with_subclass(loss: bce_ext.LinearBCEWithLogitsLoss) -> None:
+    loss.linear = Doubling(FEATURES, LABELS, dtype=torch.float64)
+
+
+def with_forward_of_its_own(loss: bce_ext.LinearBCEWithLogitsLoss) -> None:
+    forward = loss.linear.forward
+    loss.linear.forward = lambda input: 2 * forward(input)  # type: ignore[method-assign]
+
+
+def with_spectral_norm(loss: bce_ext.LinearBCEWithLogitsLoss) -> None:
+    torch.nn.utils.spectral_norm(loss.linear)
+    loss.linear.eval()  # in training, each call takes a step of the power iteration
+
+
+CHANGES: dict[str, Callable[[bce_ext.LinearBCEWithLogitsLoss], object]] = {
+    "adapter": with_adapter,
+    "subclass": with_subclass,
+    "forward of its own": with_forward_of_its_own,
+    "spectral_norm": with_spectral_norm,
+    "pruned": lambda loss: prune.l1_unstructured(loss.linear, "weight", 0.3),
+    "forward hook": lambda loss: loss.linear.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "forward pre-hook": lambda loss: loss.linear.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "backward hook": lambda loss: loss.linear.register_full_backward_hook(
+        lambda module, grad_inputs, grad_outputs: (2 * grad_inputs[0],)
+    ),
+    "parametrization": lambda loss: torch.nn.utils.parametrizations.weight_norm(loss.linear),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_call_of_the_layer_does_is_in_the_loss(change: str, kind: str) -> None:
+    torch.manual_seed(0)
+    case = make_case(ROWS, FEATURES, LABELS, kind)
+    pos_weight = torch.linspace(1, 2, LABELS, dtype=torch.float64)
+    loss = bce_ext.LinearBCEWithLogitsLoss(
+        FEATURES, LABELS, pos_weight=pos_weight, label_smoothing=0.1, dtype=torch.float64
+    )
+    CHANGES[change](loss)
+    dense = case.dense.double() * 0.9 + 0.05
+    for _ in range(2):  # what is computed anew in each call must be
+        gradients = []
+        for compute in (
+            lambda input: loss(input, case.target),
+            lambda input: torch.nn.functional.binary_cross_entropy_with_logits(
+                loss.linear(input), dense, pos_weight=pos_weight
+            ),
+        ):
+            leaves = [case.input.clone().requires_grad_(), *loss.parameters()]
+            value = compute(leaves[0])
+            gradients.append((value.detach(), *torch.autograd.grad(value, leaves)))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_the_layer_alone_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(ROWS, FEATURES, LABELS)
+    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, LABELS, dtype=torch.float64)
+    called: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *arguments: called.append(self))
+    value = loss.forward(case.input, case.target)
+    assert not called
+    torch.testing.assert_close(value, plain([case.input, loss.linear.weight, loss.linear.bias], case.dense))
+
+
+def test_class_indices_out_of_range_raise_there_too() -> None:
+    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, LABELS)
+    CHANGES["forward hook"](loss)
+    with pytest.raises(RuntimeError, match=f"index {LABELS} is out of bounds"):
+        loss(torch.randn(2, FEATURES), torch.tensor([0, LABELS]))
+    with pytest.raises(ValueError, match="size"):
+        loss(torch.randn(2, FEATURES), torch.tensor([0.0, 1.0]))

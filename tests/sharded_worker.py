@@ -139,7 +139,8 @@ def parallel_style_of_the_layer() -> None:
     loss.zero_grad()
     parallelize_module(loss.linear, mesh, ColwiseParallel())
     actual = loss(case.input, case.target)
-    assert isinstance(actual, DTensor) and actual.placements[0].is_partial()
+    assert isinstance(actual, DTensor)
+    assert actual.placements[0].is_partial()
     actual.backward()
     same(actual.detach(), expected.detach())
     for parameter, gradient in zip(loss.parameters(), gradients, strict=True):

@@ -237,6 +237,17 @@ def test_export(strict: bool, device: str) -> None:
                 torch.testing.assert_close(lowered.module()(x, y), model(x, y), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_programs_hold_public_operators(strict: bool) -> None:
+    """Whose schemas stay: a program may be saved, and read with a later version."""
+    input, target = torch.rand(5, 3), torch.rand(5, 3)
+    for module in (bce_ext.BCEWithLogitsLoss(pos_weight=3.0), bce_ext.BCELoss(), bce_ext.SigmoidFocalLoss()):
+        program = torch.export.export(module, (input, target), strict=strict)
+        called = [str(node.target) for node in program.graph.nodes if "bce_ext" in str(node.target)]
+        assert len(called) == 1
+        assert "bce_ext._" not in called[0]
+
+
 class PerRow(torch.nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return bce_ext.BCEWithLogitsLoss()(input, target, input.shape[0])

@@ -517,6 +517,41 @@ def test_the_asymmetric_loss_without_asymmetry_is_the_focal_loss(device: str) ->
     torch.testing.assert_close(functional.asymmetric_loss(input, target, 3.0, 3.0, 0.0, reduction="none"), focal)
 
 
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("eps", [0.4, 0.5, 0.9])  # below, at and above where logarithms are taken of the complement
+def test_a_large_bound_of_the_asymmetric_loss(eps: float, label: float) -> None:
+    """The kernel, and the formula in operations of torch: beside a weight that requires grad, and in transforms."""
+    options = {"gamma_neg": 2.0, "gamma_pos": 1.0, "clip": 0.0, "eps": eps, "reduction": "none"}
+    x = torch.linspace(-4, 4, 50, dtype=torch.float64)  # no probability at the bound
+    y = torch.full_like(x, label)
+    p = x.sigmoid()
+    entropy = -(y * p.clamp_min(eps).log() + (1 - y) * (1 - p).clamp_min(eps).log())
+    expected = entropy * (1 - p * y - (1 - p) * (1 - y)) ** (y + 2 * (1 - y))
+    loss = bce_ext.functional.asymmetric_loss
+    leaf = x.clone().requires_grad_()
+    plain = loss(leaf, y, **options)
+    torch.testing.assert_close(plain.detach(), expected)
+    torch.testing.assert_close(loss(x, y, weight=torch.ones(1, requires_grad=True), **options).detach(), expected)
+    torch.testing.assert_close(torch.vmap(lambda x, y: loss(x, y, **options))(x, y), expected)
+    (gradient,) = torch.autograd.grad(plain.sum(), leaf, retain_graph=True)
+    (with_graph,) = torch.autograd.grad(loss(leaf, y, **options).sum(), leaf, create_graph=True)
+    torch.testing.assert_close(with_graph.detach(), gradient)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0])
+def test_the_focal_loss_of_a_float64_target_where_the_other_class_has_little(gamma: float) -> None:
+    input = torch.tensor([-45.0, 45.0, -100.0], dtype=torch.float64)
+    target = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(target: Tensor) -> Tensor:
+        return bce_ext.functional.sigmoid_focal_loss(input, target, -1, gamma, "sum")
+
+    (expected,) = torch.autograd.grad(loss(target), target)
+    (with_graph,) = torch.autograd.grad(loss(target), target, create_graph=True)
+    torch.testing.assert_close(with_graph.detach(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.func.grad(loss)(target.detach()), expected, rtol=1e-12, atol=0)
+
+
 @every_member
 def test_a_target_that_was_computed_from_the_input(loss: Member) -> None:
     """What flows through the target belongs to the caller's graph: counted once, with create_graph and without."""
@@ -550,6 +585,19 @@ def test_numbers_of_a_module_are_not_rounded_with_it(loss: Member) -> None:
         for converted in (module.half(), module.bfloat16(), copy.deepcopy(module), torch.jit.script(module)):
             assert torch.equal(converted(input, target), expected)
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(input, target), expected)
+
+
+@every_member
+def test_what_replaces_a_weight_is_held_as_it_is_by_the_constructor(loss: Member) -> None:
+    input, target = loss.make_input((4, 3), torch.float64, "cpu"), make_targets((4, 3), torch.float64, "cpu")
+    tensor = torch.tensor(3.0, dtype=torch.float64)
+    module = module_of(loss, normalizer=2.0)
+    for value in (tensor, 5, None, tensor, torch.nn.Parameter(tensor)):
+        module.normalizer = value
+        in_state = isinstance(value, Tensor)
+        assert ("normalizer" in module.state_dict()) == in_state
+        assert not in_state or copy.deepcopy(module).to("meta").normalizer.is_meta
+        assert torch.equal(module(input, target), loss(input, target, normalizer=value))
 
 
 @every_member

@@ -331,6 +331,29 @@ def test_integer_targets_are_labels(loss: Member, requires_grad: bool, place: in
             loss(input, target, weight=torch.ones(1, requires_grad=True))  # the composite formula
 
 
+@pytest.mark.parametrize("bad", [255, -100, 2])
+@every_formula
+def test_integer_targets_are_labels_in_transforms(loss: Member, bad: int) -> None:
+    """Where no value can be read, a look-up that torch refuses."""
+    input = loss.make_input((3, 4), torch.float64, "cpu")
+    target = torch.tensor([[0, 1, 0, bad]]).expand(3, 4)
+    good = torch.tensor([[0, 1, 0, 1]]).expand(3, 4)
+
+    def calls(target: Tensor, **options: Any) -> dict[str, Callable[[], object]]:
+        return {
+            "vmap": lambda: torch.vmap(lambda x, y: loss(x, y, **options))(input, target),
+            "grad": lambda: torch.func.grad(lambda x, y: loss(x, y, **options))(input, target),
+            "grad of each": lambda: torch.vmap(torch.func.grad(lambda x, y: loss(x, y, **options)))(input, target),
+            "jvp": lambda: torch.func.jvp(lambda x: loss(x, target, **options), (input,), (input,)),
+        }
+
+    for call in calls(target).values():
+        with pytest.raises((IndexError, RuntimeError), match="out of range|but one is"):
+            call()
+    for call in (*calls(good).values(), *calls(target, ignore_index=bad).values()):
+        call()
+
+
 @every_formula
 def test_a_mask_whose_bytes_are_255_is_a_mask(loss: Member) -> None:
     """Not torch's own, but memory of other programs that is viewed as bool."""

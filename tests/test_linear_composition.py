@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -252,6 +253,37 @@ def test_compiled_code_keeps_the_blocks() -> None:
     called = [node.target for node in recorder.fw_graphs[0].graph.nodes if node.op == "call_function"]
     assert OPS._linear_bce_loss_and_grads.default in called
     assert not any("mm" in str(target) for target in called)
+
+
+@pytest.mark.parametrize("kind", ["dense", "class indices"])
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_compiled_autograd(shape: tuple[int, int, int], kind: str) -> None:
+    case = make_case(*shape, kind)
+    results = []
+    for compiled in (False, True):
+        leaves = case.leaves()
+        loss = loss_of(case.target)(*leaves)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
+            loss.backward()
+        results.append([leaf.grad for leaf in leaves])
+    same(*results)
+
+
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_class_indices_that_are_too_large_raise_wherever_they_are(shape: tuple[int, int, int]) -> None:
+    case = make_case(*shape, "class indices")
+    target = case.target.clone()
+    target[1] = shape[2]
+    compiled = torch.compile(loss_of(target), fullgraph=True, backend="aot_eager")
+    for call in (
+        lambda: loss_of(target)(case.input, case.linear_weight),
+        lambda: compiled(case.input, case.linear_weight),
+        lambda: torch.func.grad(loss_of(target))(case.input, case.linear_weight),
+        lambda: torch.func.grad(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input, target),
+        lambda: torch.vmap(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input[:, None], target[:, None]),
+    ):
+        with pytest.raises((IndexError, RuntimeError), match=r"index|indices|class"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])

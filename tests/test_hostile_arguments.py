@@ -348,7 +348,7 @@ def test_integer_targets_are_labels_in_transforms(loss: Member, bad: int) -> Non
         }
 
     for call in calls(target).values():
-        with pytest.raises((IndexError, RuntimeError), match="out of range|but one is"):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of range|but one is"):
             call()
     for call in (*calls(good).values(), *calls(target, ignore_index=bad).values()):
         call()

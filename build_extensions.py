@@ -29,6 +29,11 @@ def output_of(*command: str) -> str:
     return result.stdout + result.stderr
 
 
+def is_clang() -> bool:
+    """Whether the C++ compiler that builds extensions is Clang."""
+    return "clang" in output_of(*shlex.split(os.environ.get("CXX", "c++")), "--version")
+
+
 def find_cuda_home() -> str | None:
     """The CUDA toolkit: from the environment, else from the nvcc on PATH (maybe a wrapper), else the usual place."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
@@ -100,7 +105,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 CXX_FLAGS = [
     "-O3",
     "-g0",
-    "-fopenmp",  # at::parallel_for runs serially without it; its runtime is torch's own, so it is not linked
+    *([] if is_clang() else ["-fopenmp"]),  # of torch's own runtime, so it is not linked: see csrc/cpu/threads.h
     "-ffp-contract=fast",  # a * b + c as one instruction, across the operators of a pack, too: GCC's default, not Clang's
     "-fno-math-errno",
     "-fno-trapping-math",

@@ -1,7 +1,6 @@
 // The internal operators on CPU tensors: allocation, threads, and the fixed-order sum. The arithmetic is in
 // block_kernel.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
 
@@ -16,6 +15,7 @@
 #include "block_kernel.h"
 #include "element_types.h"
 #include "output_memory.h"
+#include "threads.h"
 
 namespace bce_ext {
 namespace {
@@ -43,15 +43,13 @@ void run_in_shares(int64_t count, const Work& work) {
   const auto begin = [=](int64_t share) { return share * count / shares; };
   std::vector<std::atomic<int64_t>> next(shares);
   for (int64_t share = 0; share < shares; ++share) next[share] = begin(share);
-  at::parallel_for(0, shares, /*grain_size=*/1, [&](int64_t first, int64_t last) {
-    for (int64_t own = first; own < last; ++own) {
-      for (int64_t step = 0; step < shares_to_visit; ++step) {
-        const int64_t share = (own + step) % shares;
-        const int64_t end = begin(share + 1);
-        while (next[share].load(std::memory_order_relaxed) < end) {
-          const int64_t i = next[share]++;
-          if (i < end) work(i);
-        }
+  run_on_threads(shares, [&](int64_t own) {
+    for (int64_t step = 0; step < shares_to_visit; ++step) {
+      const int64_t share = (own + step) % shares;
+      const int64_t end = begin(share + 1);
+      while (next[share].load(std::memory_order_relaxed) < end) {
+        const int64_t i = next[share]++;
+        if (i < end) work(i);
       }
     }
   });

@@ -10,3 +10,5 @@ from bce_ext import _binary
 
 _binary.check()
 torch.ops.load_library(Path(__file__).with_name("libbce_ext.so"))
+
+from bce_ext import _flops as _flops  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import bce_ext
 import bce_ext.functional as F
@@ -253,6 +255,23 @@ def test_compiled_code_keeps_the_blocks() -> None:
     called = [node.target for node in recorder.fw_graphs[0].graph.nodes if node.op == "call_function"]
     assert OPS._linear_bce_loss_and_grads.default in called
     assert not any("mm" in str(target) for target in called)
+
+
+@pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
+def test_products_are_counted(shape: tuple[int, int, int]) -> None:
+    """By FlopCounterMode, as those of F.linear, forward and backward."""
+    case = make_case(*shape, "class indices")
+    counts = []
+    for loss in (lambda *leaves: plain(list(leaves), case.dense), loss_of(case.target)):
+        for wanted in (0, 1, 2):
+            leaves = [leaf.requires_grad_(i < wanted) for i, leaf in enumerate(case.leaves())]
+            with FlopCounterMode(display=False) as counter:
+                value = loss(*leaves)
+                if wanted:
+                    value.backward()
+            counts.append(counter.get_total_flops())
+    assert counts[:3] == counts[3:]
+    assert counts[2] == 6 * math.prod(shape)
 
 
 @pytest.mark.parametrize("kind", ["dense", "class indices"])

@@ -31,7 +31,8 @@ def output_of(*command: str) -> str:
 
 def is_clang() -> bool:
     """Whether the C++ compiler that builds extensions is Clang."""
-    return "clang" in output_of(*shlex.split(os.environ.get("CXX", "c++")), "--version")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    return shutil.which(compiler[0]) is not None and "clang" in output_of(*compiler, "--version")
 
 
 def find_cuda_home() -> str | None:

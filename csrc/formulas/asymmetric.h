@@ -53,7 +53,7 @@ struct Asymmetric : FormulaOfLogit {
     const T gamma = T(of_positive.gamma) * y + T(of_negative.gamma) * share;
     const T u = y * negative + share * rest;
     const Focus<T> focused = focus_of_target(u, y, gamma);
-    const T entropy = -(times(p, y * log_positive) + share * log_other);
+    const T entropy = zero - (times(p, y * log_positive) + share * log_other);  // never -0
     const T entropy_by_input = -(times(p, y * slope_positive) + share * slope_other);
     const T u_by_input = share * slope_rest - y * product;
     const math::Condition<T> is_zero = u < T(math::Format<T>::kSmallestNormal);
@@ -105,7 +105,7 @@ struct Asymmetric : FormulaOfLogit {
     const T slope = by_entropy - log_own * (gamma * (focused.previous * du));
 
     Terms<T> terms;
-    terms.loss = -log_own * focused.power;
+    terms.loss = (zero - log_own) * focused.power;  // never -0
     terms.grad_input = math::select(label.is_positive, -slope, slope);
     terms.grad_target = T(0);
     terms.summand = terms.loss;

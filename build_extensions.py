@@ -29,10 +29,14 @@ def output_of(*command: str) -> str:
     return result.stdout + result.stderr
 
 
+def compiler_command() -> list[str]:
+    """That of the C++ compiler, which may have arguments."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 def is_clang() -> bool:
-    """Whether the C++ compiler that builds extensions is Clang."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    return shutil.which(compiler[0]) is not None and "clang" in output_of(*compiler, "--version")
+    compiler = compiler_command()
+    return shutil.which(compiler[0]) is not None and "clang" in output_of(*compiler, "--version").lower()
 
 
 def find_cuda_home() -> str | None:
@@ -184,7 +188,7 @@ def python_module(version: str) -> Extension:
 
 def why_nothing_compiles() -> str | None:
     """The reason why nothing can be compiled, or None."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    compiler = compiler_command()[0]
     if shutil.which(compiler) is None:
         return (
             f"a C++ compiler is needed, but there is no {compiler} on PATH: "

@@ -1,4 +1,4 @@
-"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the products inside of an operator, as for those of ``F.linear`` and its gradients."""
+"""Tells :class:`torch.utils.flop_counter.FlopCounterMode` how many operations the products of the linear loss take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["linear_bce_flops"]
 def linear_bce_flops(
     input_shape: torch.Size, linear_weight_shape: torch.Size | None, *others: Any, **keywords: Any
 ) -> int:
-    """The logits, and a product for each gradient of ``input`` and ``linear_weight`` that is wanted."""
+    """The logits, and a product for each gradient of ``input`` and ``linear_weight`` that is wanted. The operator has no defaults: ``output_mask`` is last."""
     if linear_weight_shape is None:  # the input is the logits
         return 0
-    of_input, of_weight, _ = keywords.get("output_mask", others[-1])
+    of_input, of_weight, _ = others[-1]
     rows, features = input_shape
     return int(2 * rows * features * linear_weight_shape[0] * (1 + of_input + of_weight))

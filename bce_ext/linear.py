@@ -119,14 +119,12 @@ def linear_binary_cross_entropy_with_logits(
     )
 
 
-def dense_target(target: Tensor, logits: Tensor) -> Tensor:
-    """A target for the loss of some logits: class indices become the labels that they stand for."""
-    is_integer = not target.is_floating_point() and target.dtype != torch.bool
-    if target.layout != torch.strided or target.dim() != logits.dim() - 1 or not is_integer:
-        return target
-    labels = target.unsqueeze(-1).to(torch.int64)
-    none = torch.zeros(logits.shape, dtype=torch.bool, device=target.device)
-    return none.scatter(-1, labels.clamp(min=0), labels >= 0)
+def loss_of_logits(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
+    """The loss where a layer was called: of its logits, with a target of any kind."""
+    options |= {name: as_tensor(options[name]) for name in ("weight", "pos_weight", "normalizer")}
+    return torch.ops.bce_ext.linear_binary_cross_entropy_with_logits(  # type: ignore[no-any-return]
+        logits, None, target, reduction=reduction_number(reduction), **options
+    )
 
 
 def siglip_loss(

@@ -11,7 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from bce_ext import functional as F
 from bce_ext._call import as_tensor
 from bce_ext._docs import with_shared_arguments
-from bce_ext.linear import dense_target
+from bce_ext.linear import loss_of_logits
 
 __all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "LinearBCEWithLogitsLoss", "SigmoidFocalLoss"]
 
@@ -24,15 +24,6 @@ class _Options(torch.nn.Module):
     weight: Tensor | None
     pos_weight: Tensor | None
     normalizer: Tensor | None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What replaces a weight is a number or a buffer again, whichever the weight was."""
-        is_weight = name in ("weight", "pos_weight", "normalizer") and not hasattr(type(self), name)
-        if is_weight and (isinstance(value, Real) or (_is_buffer(value) and name in self.__dict__)):
-            self.__dict__.pop(name, None)
-            _hold(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def _set_options(
         self, label_smoothing: float, ignore_index: float | None, normalizer: Tensor | float | None
@@ -368,60 +359,44 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
         weight, pos_weight, normalizer = self._tensors(normalizer)
+        options: dict[str, Any] = {
+            "weight": weight,
+            "pos_weight": pos_weight,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "normalizer": normalizer,
+        }
         if not _is_product(self.linear):
-            logits = self.linear(input)
-            return F.binary_cross_entropy_with_logits(
-                logits,
-                dense_target(target, logits),
-                weight,
-                reduction=self.reduction,
-                pos_weight=pos_weight,
-                label_smoothing=self.label_smoothing,
-                ignore_index=self.ignore_index,
-                normalizer=normalizer,
-            )
+            return loss_of_logits(self.linear(input), target, **options)
         return F.linear_binary_cross_entropy_with_logits(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=weight,
-            pos_weight=pos_weight,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            input, self.linear.weight, target, linear_bias=self.linear.bias, **options
         )
 
 
 def _is_product(layer: torch.nn.Module) -> bool:
     """Whether a call of the layer is ``F.linear`` of its parameters and nothing else.
 
-    Subclasses, adapters and hooks may compute the parameters at that time, as FSDP does, or change input or output. The hooks of DTensor's parallel styles do
-    neither: they move tensors between processes, as the loss does by itself.
+    Subclasses, adapters and hooks may compute the parameters at that time, as FSDP does, or change input or output. Not called are the hooks of DTensor's
+    parallel styles, which make the input whole and the logits local: the loss divides the labels by itself, for an input that is whole on each process.
     """
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return (
-        isinstance(layer, torch.nn.Linear)
-        and type(layer).forward is torch.nn.Linear.forward
-        and "forward" not in layer.__dict__
-        and all(
-            getattr(hook, "__module__", "").startswith("torch.distributed.tensor")
-            for kind in hooks
-            for hook in kind.values()
+    kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    of_styles = [getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in hooks]
+    if any(of_styles) and not all(of_styles):
+        raise RuntimeError(
+            "LinearBCEWithLogitsLoss: expected a layer with a parallel style to have no other hooks, but got "
+            f"{hooks[of_styles.index(False)]}"
         )
-    )
-
-
-def _is_buffer(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+    is_linear = isinstance(layer, torch.nn.Linear) and type(layer).forward is torch.nn.Linear.forward
+    return is_linear and "forward" not in layer.__dict__ and all(of_styles)
 
 
 def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:
     """Tensors are buffers. A number is none, so that ``module.half()`` does not round it: a 0-d float64 tensor, which goes with any device."""
     module._buffers.pop(name, None)
     if isinstance(value, (int, float, Real)):
-        module.__dict__[name] = as_tensor(value)
+        setattr(module, name, as_tensor(value))
     else:
         module.register_buffer(name, value)
 

@@ -21,7 +21,8 @@
 namespace bce_ext {
 
 Tensor scaled(Tensor grad, const Tensor& grad_output) {
-  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active()) {
+  // In place where nobody else holds it: a node that compiled autograd calls keeps its copy.
+  if (is_plain(grad) && is_plain(grad_output) && !transform_is_active() && grad.use_count() == 1) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     scale_grad_(grad, grad_output);
     return grad;

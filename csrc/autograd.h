@@ -21,7 +21,7 @@ inline OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// A stored gradient, as backward hands it over. `grad` belongs to the caller alone.
+// A stored gradient, as backward hands it over.
 Tensor scaled(Tensor grad, const Tensor& grad_output);
 
 }  // namespace bce_ext

@@ -63,12 +63,12 @@ Tensor cross_entropy(const Operands& operands) {
 constexpr double kLogOf0 = -1e30;
 Tensor bounded(const Tensor& logarithm) { return logarithm.clamp_min(kLogOf0); }
 
-// u^gamma for u = (1-y) * a + y * b, with finite derivatives of all orders where a or b underflow. For a hard label it
+// u^gamma for u = (1-y) * a + y * b, with finite first and second derivatives where a or b underflow. For a hard label it
 // is exp(gamma * log(u)), whose derivatives divide nothing by u; the logarithms of a and b have the places that a and b
 // have lost. Near y = 0, log(u) is log(a) + log1p(y * (b/a - 1)), and so at 1.
 Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& log_a, const Tensor& log_b,
              const Tensor& gamma) {
-  // Smaller parts of the other class have no say, so that no derivative of second order overflows.
+  // Of a smaller part of the other class, derivatives by the target take this one, so that no second one overflows.
   const double smallest = y.scalar_type() == at::kDouble ? 1e-150 : 1e-17;
   const Tensor is_0 = y == 0, is_1 = y == 1;
   const Tensor share_at_0 = at::where(is_0, y, 0), share_at_1 = at::where(is_1, 1 - y, 0);
@@ -147,7 +147,7 @@ void check_labels(const Arguments& arguments) {
     if (!target.key_set().has_any(transformed)) return;
     const auto ignore_index = arguments.ignore_index();
     const Tensor labels = ignore_index ? at::where(target == *ignore_index, 0, target) : target;
-    at::embedding(at::arange(2, target.options().dtype(at::kLong)).unsqueeze(-1), labels.to(at::kLong));
+    at::embedding(at::zeros({2, 1}, target.options().dtype(at::kBool)), labels.to(at::kLong));
     return;
   }
   Tensor is_valid = (target == 0).logical_or(target == 1);

@@ -184,7 +184,7 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   return reduction == at::Reduction::None && !has_rows ? loss.reshape_symint(size) : loss;
 }
 
-Tensor linear_with_logits(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+Tensor linear_with_logits(const Tensor& input, const OptionalTensor& linear_weight, const Tensor& target,
                           const OptionalTensor& linear_bias, const OptionalTensor& weight,
                           const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
                           const std::optional<at::Scalar>& ignore_index, const OptionalTensor& normalizer) {

@@ -179,7 +179,7 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
 py::object linear_bce(const py::tuple& operands, const py::tuple& options, int64_t reduction) {
   static const py::handle function = py::str("linear_binary_cross_entropy_with_logits").release();
   static const auto op = bce_ext::find_operator<at::Tensor(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const at::Tensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&, int64_t, double, const std::optional<at::Scalar>&, const OptionalTensor&)>(
       "bce_ext::linear_binary_cross_entropy_with_logits");
   const at::Tensor& x = as_tensor(operands[0], function, "input");

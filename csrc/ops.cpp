@@ -167,7 +167,7 @@ TORCH_LIBRARY(bce_ext, m) {
 
   // The linear layer and its loss. target: dense, class indices or, sparse, a tensor of the same size.
   m.def(
-      "linear_binary_cross_entropy_with_logits(Tensor input, Tensor linear_weight, Tensor target, *, Tensor? "
+      "linear_binary_cross_entropy_with_logits(Tensor input, Tensor? linear_weight, Tensor target, *, Tensor? "
       "linear_bias=None, Tensor? weight=None, Tensor? pos_weight=None, int reduction=1, " BCE_EXT_OPTIONS
       ") -> Tensor");
   m.def("_linear_bce(" BCE_EXT_LINEAR_ARGUMENTS ", int reduction, ScalarType? dtype=None) -> Tensor");

@@ -273,9 +273,11 @@ Tensor one_hot(const Tensor& target, const c10::SymInt& num_labels) {
   if (!is_plain(target) || !target.is_cpu()) {
     c10::SymDimVector size(target.sym_sizes());
     size.push_back(num_labels);
+    const Tensor none = at::zeros_symint(size, target.options().dtype(at::kBool));
+    if (TORCH_GUARD_OR_FALSE(num_labels.sym_eq(0))) return none;
     // Scattering refuses an index that is too large, where check_class_indices cannot read it.
     const Tensor labels = target.to(at::kLong).unsqueeze(-1);
-    return at::zeros_symint(size, target.options().dtype(at::kBool)).scatter(-1, labels.clamp_min(0), labels >= 0);
+    return none.scatter(-1, labels.clamp_min(0), labels >= 0);
   }
   const Tensor indices = readable(target.to(at::kLong).resolve_neg().contiguous());
   c10::DimVector size(target.sizes());

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import bce_ext
@@ -145,6 +146,13 @@ def parallel_style_of_the_layer() -> None:
     same(actual.detach(), expected.detach())
     for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
         same(parameter.grad, gradient)
+    with CommDebugMode() as communication:
+        loss(case.input, case.target)
+    assert not communication.get_total_counts()
+
+    loss.linear.register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(RuntimeError, match="no other hooks"):
+        loss(case.input, case.target)
 
 
 def errors() -> None:

@@ -6,6 +6,7 @@ import functools
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,25 @@ def test_compiled_autograd(loss: Loss, reduction: str, device: str) -> None:
     assert counters["compiled_autograd"]["captures"] == 1
 
 
+@every_reduction
+@every_loss
+def test_compiled_autograd_scales_no_gradient_of_another(loss: Loss, reduction: str, device: str) -> None:
+    """The same backward pass more than once, and by turns with eager mode."""
+    input, target, weights = make_batch(loss, 5, device)
+    for compiled in ((True, True, True), (False, True, False), (True, False, True)):
+        leaf = input.clone().requires_grad_()
+        value = loss(leaf, target, **weights, reduction=reduction).sum()
+        gradients = []
+        for is_compiled in compiled:
+            compiler = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+            with compiler if is_compiled else nullcontext():
+                (gradient_of_it,) = torch.autograd.grad(value, leaf, torch.full_like(value, 2), retain_graph=True)
+            gradients.append(gradient_of_it)
+        (expected,) = torch.autograd.grad(2 * loss(leaf, target, **weights, reduction=reduction).sum(), leaf)
+        for actual in gradients:
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
 @every_loss
 def test_compile_of_func_grad(loss: Loss, device: str) -> None:
     input, target, weights = make_batch(loss, 5, device, torch.float64)
@@ -241,7 +261,12 @@ def test_export(strict: bool, device: str) -> None:
 def test_programs_hold_public_operators(strict: bool) -> None:
     """Whose schemas stay: a program may be saved, and read with a later version."""
     input, target = torch.rand(5, 3), torch.rand(5, 3)
-    for module in (bce_ext.BCEWithLogitsLoss(pos_weight=3.0), bce_ext.BCELoss(), bce_ext.SigmoidFocalLoss()):
+    for module in (
+        bce_ext.BCEWithLogitsLoss(pos_weight=3.0),
+        bce_ext.BCELoss(),
+        bce_ext.SigmoidFocalLoss(),
+        bce_ext.LinearBCEWithLogitsLoss(3, 3),
+    ):
         program = torch.export.export(module, (input, target), strict=strict)
         called = [str(node.target) for node in program.graph.nodes if "bce_ext" in str(node.target)]
         assert len(called) == 1

@@ -588,19 +588,6 @@ def test_numbers_of_a_module_are_not_rounded_with_it(loss: Member) -> None:
 
 
 @every_member
-def test_what_replaces_a_weight_is_held_as_it_is_by_the_constructor(loss: Member) -> None:
-    input, target = loss.make_input((4, 3), torch.float64, "cpu"), make_targets((4, 3), torch.float64, "cpu")
-    tensor = torch.tensor(3.0, dtype=torch.float64)
-    module = module_of(loss, normalizer=2.0)
-    for value in (tensor, 5, None, tensor, torch.nn.Parameter(tensor)):
-        module.normalizer = value
-        in_state = isinstance(value, Tensor)
-        assert ("normalizer" in module.state_dict()) == in_state
-        assert not in_state or copy.deepcopy(module).to("meta").normalizer.is_meta
-        assert torch.equal(module(input, target), loss(input, target, normalizer=value))
-
-
-@every_member
 def test_a_freed_graph_gives_no_second_gradient(loss: Member) -> None:
     input = loss.make_input((4, 3), torch.float32, "cpu").requires_grad_()
     for create_graph in (False, True):

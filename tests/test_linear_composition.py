@@ -277,15 +277,25 @@ def test_products_are_counted(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("kind", ["dense", "class indices"])
 @pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
 def test_compiled_autograd(shape: tuple[int, int, int], kind: str) -> None:
+    """With a factor, more than once, and by turns with eager mode: nobody may scale what another one gets."""
     case = make_case(*shape, kind)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
     results = []
-    for compiled in (False, True):
+    for compiled in ((False, False, False), (True, True, True), (True, False, True)):
         leaves = case.leaves()
         loss = loss_of(case.target)(*leaves)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
-            loss.backward()
-        results.append([leaf.grad for leaf in leaves])
-    same(*results)
+        for is_compiled in compiled:
+            compiler = torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend))
+            with compiler if is_compiled else nullcontext():
+                results.append(torch.autograd.grad(loss, leaves, torch.tensor(2.0).double(), retain_graph=True))
+    assert graphs
+    for actual in results[1:]:
+        same(actual, results[0])
 
 
 @pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])
@@ -293,16 +303,21 @@ def test_class_indices_that_are_too_large_raise_wherever_they_are(shape: tuple[i
     case = make_case(*shape, "class indices")
     target = case.target.clone()
     target[1] = shape[2]
-    compiled = torch.compile(loss_of(target), fullgraph=True, backend="aot_eager")
+
+    def compiled(target: Tensor) -> Tensor:
+        return torch.compile(loss_of(target), fullgraph=True, backend="aot_eager")(case.input, case.linear_weight)
+
+    text = r"out of bounds|below the number of labels|inside of the logits"
     for call in (
-        lambda: loss_of(target)(case.input, case.linear_weight),
-        lambda: compiled(case.input, case.linear_weight),
-        lambda: torch.func.grad(loss_of(target))(case.input, case.linear_weight),
-        lambda: torch.func.grad(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input, target),
-        lambda: torch.vmap(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input[:, None], target[:, None]),
+        lambda target: loss_of(target)(case.input, case.linear_weight),
+        compiled,
+        lambda target: torch.func.grad(loss_of(target))(case.input, case.linear_weight),
+        lambda target: torch.func.grad(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input, target),
+        lambda target: torch.vmap(lambda x, y: loss_of(y)(x, case.linear_weight))(case.input[:, None], target[:, None]),
     ):
-        with pytest.raises((IndexError, RuntimeError), match=r"index|indices|class"):
-            call()
+        call(case.target)
+        with pytest.raises((IndexError, RuntimeError), match=text):
+            call(target)
 
 
 @pytest.mark.parametrize("shape", [SMALL, BLOCKS], ids=["small", "blocks"])

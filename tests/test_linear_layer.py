@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from linear_cases import KINDS, make_case, plain
 from torch import Tensor
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import bce_ext
 
@@ -111,10 +113,32 @@ def test_the_layer_alone_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(value, plain([case.input, loss.linear.weight, loss.linear.bias], case.dense))
 
 
-def test_class_indices_out_of_range_raise_there_too() -> None:
-    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, LABELS)
-    CHANGES["forward hook"](loss)
-    with pytest.raises(RuntimeError, match=f"index {LABELS} is out of bounds"):
-        loss(torch.randn(2, FEATURES), torch.tensor([0, LABELS]))
-    with pytest.raises(ValueError, match="size"):
-        loss(torch.randn(2, FEATURES), torch.tensor([0.0, 1.0]))
+@pytest.mark.parametrize("change", ["none", "forward hook"])
+def test_wrong_class_indices_raise_either_way(change: str) -> None:
+    input, good = torch.randn(2, FEATURES), torch.tensor([0, -1])
+    for target, error, text, options in (
+        (torch.tensor([0, LABELS]), IndexError, f"but one is {LABELS}", {}),
+        (torch.tensor([0, 2**63 + 5], dtype=torch.uint64), IndexError, f"but one is {2**63 + 5}", {}),
+        (torch.tensor([0.0, 1.0]), ValueError, "size", {}),
+        (torch.tensor([True, False]), ValueError, "size", {}),
+        (good, ValueError, "ignore_index of 0 or 1", {"ignore_index": -100}),
+    ):
+        loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, LABELS, **options)
+        CHANGES.get(change, lambda loss: None)(loss)
+        with pytest.raises(error, match=text):
+            loss(input, target)
+
+
+@pytest.mark.parametrize("change", ["none", "forward hook"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_labels_at_all(change: str, reduction: str) -> None:
+    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 0, reduction=reduction)
+    CHANGES.get(change, lambda loss: None)(loss)
+    input, target = torch.randn(2, FEATURES), torch.tensor([-1, -1])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        loss.linear(input), torch.zeros(2, 0), reduction=reduction
+    )
+    for mode in (nullcontext(), FlopCounterMode(display=False)):  # in a mode, values are not read
+        with mode:
+            torch.testing.assert_close(loss(input, target), expected, equal_nan=True)
+    torch.testing.assert_close(torch.vmap(lambda x, y: loss(x[None], y[None]))(input, target).shape[0], 2)

@@ -78,7 +78,7 @@ BCE_EXT_HOST_DEVICE Pack<T, kBytes> in_registers(Pack<T, kBytes> numbers) {
   return numbers;
 }
 
-// See number.h. Of what is in registers, a compiler does not know how it was computed.
+// See number.h. A compiler cannot contract a product that went through in_registers.
 template <typename T, int kBytes>
 BCE_EXT_HOST_DEVICE Pack<T, kBytes> rounded(Pack<T, kBytes> numbers) {
   return in_registers(numbers);

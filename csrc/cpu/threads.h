@@ -30,7 +30,7 @@ void run_on_threads(int64_t count, const Work& work) {
     int64_t count;
     const Work& work;
 
-    static void run(void* team) {
+    static void run(void* team) noexcept {
       const auto& [count, work] = *static_cast<const Team*>(team);
       for (int64_t i = omp_get_thread_num(); i < count; i += omp_get_num_threads()) work(i);
     }

@@ -51,7 +51,8 @@ bool broadcasts_to(c10::SymIntArrayRef from, c10::SymIntArrayRef to) {
   if (from.size() > to.size()) return false;
   const size_t offset = to.size() - from.size();
   for (const auto d : c10::irange(from.size())) {
-    // Equality goes first: where sizes depend on data, a compiler may know that two are equal, but not whether one is 1.
+    // Equality goes first: where sizes depend on data, a compiler may know that two are equal, but not whether one
+    // is 1.
     const c10::SymInt& size = to[offset + d];
     if (!TORCH_GUARD_OR_FALSE(from[d].sym_eq(size)) && from[d] != 1 && from[d] != size) return false;
   }

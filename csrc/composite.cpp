@@ -63,9 +63,9 @@ Tensor cross_entropy(const Operands& operands) {
 constexpr double kLogOf0 = -1e30;
 Tensor bounded(const Tensor& logarithm) { return logarithm.clamp_min(kLogOf0); }
 
-// u^gamma for u = (1-y) * a + y * b, with finite first and second derivatives where a or b underflow. For a hard label it
-// is exp(gamma * log(u)), whose derivatives divide nothing by u; the logarithms of a and b have the places that a and b
-// have lost. Near y = 0, log(u) is log(a) + log1p(y * (b/a - 1)), and so at 1.
+// u^gamma for u = (1-y) * a + y * b, with finite first and second derivatives where a or b underflow. For a hard label
+// it is exp(gamma * log(u)), whose derivatives divide nothing by u; the logarithms of a and b have the places that a
+// and b have lost. Near y = 0, log(u) is log(a) + log1p(y * (b/a - 1)), and so at 1.
 Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& log_a, const Tensor& log_b,
              const Tensor& gamma) {
   // Of a smaller part of the other class, derivatives by the target take this one, so that no second one overflows.

@@ -57,6 +57,8 @@ class Shapes:
         self.draw = draw
         self.given = {a.name for a in operator.arguments if is_tensor(a)}
         for argument in operator.arguments:
+            if argument.name == "linear_weight" and operator.is_public:
+                continue  # without a layer, the public operator is an internal one
             if argument.type == "Optional[Tensor]" and draw.chance(LEFT_OUT.get(argument.name, 0.65)):
                 self.given.discard(argument.name)
         self.is_linear = operator.takes("linear_weight")

@@ -96,36 +96,23 @@ def rows_and_labels() -> None:
 
 
 def fsdp() -> None:
+    """Around the module alone, and around its layer, too: the parameters of that are there during a call of it only."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     case = make_case(4 * ROWS, FEATURES, 7, "class indices")
-    torch.manual_seed(0)
-    whole = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
-    torch.manual_seed(0)
-    sharded = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
-    fully_shard(sharded, mesh=mesh)
-    whole(case.input, case.target).backward()
     own = slice(dist.get_rank() * ROWS, (dist.get_rank() + 1) * ROWS)
-    sharded(case.input[own], case.target[own]).backward()
-    for parameter, other in zip(sharded.parameters(), whole.parameters(), strict=True):
-        same(parameter.grad, other.grad)
-
-
-def fsdp_of_the_layer() -> None:
-    """Where the layer is a unit of its own, its parameters are there during a call of it only."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    case = make_case(4 * ROWS, FEATURES, 7, "class indices")
-    torch.manual_seed(0)
-    whole = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
-    torch.manual_seed(0)
-    sharded = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
-    fully_shard(sharded.linear, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    own = slice(dist.get_rank() * ROWS, (dist.get_rank() + 1) * ROWS)
-    for _ in range(2):
-        whole(case.input, case.target).backward()
-        sharded(case.input[own], case.target[own]).backward()
-    for parameter, other in zip(sharded.parameters(), whole.parameters(), strict=True):
-        same(parameter.grad, other.grad)
+    for layer_by_itself in (False, True):
+        torch.manual_seed(0)
+        whole = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+        torch.manual_seed(0)
+        sharded = bce_ext.LinearBCEWithLogitsLoss(FEATURES, 7, dtype=torch.float64)
+        if layer_by_itself:
+            fully_shard(sharded.linear, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        for _ in range(2):
+            whole(case.input, case.target).backward()
+            sharded(case.input[own], case.target[own]).backward()
+        for parameter, other in zip(sharded.parameters(), whole.parameters(), strict=True):
+            same(parameter.grad, other.grad)
 
 
 def parallel_style_of_the_layer() -> None:
@@ -202,14 +189,13 @@ def values_of_a_sparse_target_that_require_grad() -> None:
 def shared_tensors_that_require_grad() -> None:
     """Each process has all of them, and gets the gradient of the whole loss."""
     processes = dist.get_world_size()
-    row, of_row, one = (ROWS, 1), torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64).view(ROWS, 1), torch.ones(())
     for labels in (8, 2):  # 2: some processes have none
         case = make_case(ROWS, FEATURES, labels, "dense")
         given = {
             "target": case.target,
-            "weight": of_row.expand(row),
+            "weight": torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64).view(ROWS, 1),
             "pos_weight": torch.linspace(1, 2, labels, dtype=torch.float64),
-            "normalizer": 3 * one.double(),
+            "normalizer": torch.tensor(3.0, dtype=torch.float64),
         }
 
         def gradients(
@@ -236,7 +222,6 @@ CHECKS: tuple[Callable[[], None], ...] = (
     even_and_uneven,
     rows_and_labels,
     fsdp,
-    fsdp_of_the_layer,
     parallel_style_of_the_layer,
     errors,
     values_of_a_sparse_target_that_require_grad,

@@ -380,16 +380,18 @@ def _is_product(layer: torch.nn.Module) -> bool:
     Subclasses, adapters and hooks may compute the parameters at that time, as FSDP does, or change input or output. Not called are the hooks of DTensor's
     parallel styles, which make the input whole and the logits local: the loss divides the labels by itself, for an input that is whole on each process.
     """
+    is_linear = type(layer).forward is torch.nn.Linear.forward and "forward" not in layer.__dict__
     kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if not any(kinds):
+        return is_linear
     hooks = [hook for kind in kinds for hook in kind.values()]
     of_styles = [getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in hooks]
-    if any(of_styles) and not all(of_styles):
+    if any(of_styles) and not (is_linear and all(of_styles)):
         raise RuntimeError(
-            "LinearBCEWithLogitsLoss: expected a layer with a parallel style to have no other hooks, but got "
-            f"{hooks[of_styles.index(False)]}"
+            "LinearBCEWithLogitsLoss: expected a layer with a parallel style to be a torch.nn.Linear with no other hooks, "
+            f"but got {layer} with {hooks}"
         )
-    is_linear = isinstance(layer, torch.nn.Linear) and type(layer).forward is torch.nn.Linear.forward
-    return is_linear and "forward" not in layer.__dict__ and all(of_styles)
+    return all(of_styles)
 
 
 def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> None:

@@ -137,7 +137,11 @@ def parallel_style_of_the_layer() -> None:
         loss(case.input, case.target)
     assert not communication.get_total_counts()
 
-    loss.linear.register_forward_hook(lambda module, inputs, output: None)
+    handle = loss.linear.register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(RuntimeError, match="no other hooks"):
+        loss(case.input, case.target)
+    handle.remove()
+    loss.linear.forward = lambda input: input  # an adapter would have the logits of this process only
     with pytest.raises(RuntimeError, match="no other hooks"):
         loss(case.input, case.target)
 

@@ -69,7 +69,7 @@ constexpr int kMaxParameters = 5;
 //   sum                += loss                (when `reduce`)
 //   output grad_input   = scale * grad_input
 //   output grad_target  = scale * grad_target
-// The order of the sum is decided by numel on a CPU, and by numel, dtypes and alignment on a GPU.
+// The order of the sum is decided by numel and layouts on a CPU, by dtypes and alignment as well on a GPU.
 // The target y is first what memory holds. Where that equals `ignore_index`, all three terms are 0 whatever the other
 // operands are; elsewhere y becomes y * (1 - label_smoothing) + label_smoothing / 2.
 // The walk visits the elements in the order in which the outputs lie in memory.

@@ -275,6 +275,89 @@ def test_rows_of_a_strided_target_across_chunks(reduction: str, device: str) -> 
     assert_same(evaluate(cropped(input), every_other_element(target), None, None, reduction), expected)
 
 
+# An input and a target whose elements are neighbours along different dimensions: a CPU reads rectangles of them.
+CROSSED = {
+    "images": ((2, 70, 40, 50), channels_last),  # all rows of a rectangle follow each other
+    "few channels": ((2, 9, 60, 70), channels_last),  # a rectangle of more rows than columns
+    "long rows": ((85, 1100), transposed),  # rows in three parts, the last one no multiple of a vector
+    "odd sizes": ((1, 613, 17, 31), channels_last),  # rows that begin anywhere
+    "three dimensions": ((140, 5, 150), reversed_dims),  # rows that are not neighbours in the walk
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "target_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.uint8, torch.int64], ids=str
+)
+@pytest.mark.parametrize("name", CROSSED)
+def test_layouts_that_cross(name: str, target_dtype: torch.dtype, reduction: str, device: str) -> None:
+    shape, layout = CROSSED[name]
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, target_dtype, device)
+    expected = evaluate(input, target, None, None, reduction)
+    assert_same(evaluate(layout(input), target, None, None, reduction), expected)
+    assert_same(evaluate(input, layout(target), None, None, reduction), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", reference.FLOATING_DTYPES, ids=str)
+@pytest.mark.parametrize("name", CROSSED)
+def test_weights_and_gradients_that_cross(name: str, dtype: torch.dtype, reduction: str, device: str) -> None:
+    shape, layout = CROSSED[name]
+    input, target = make_logits(shape, dtype, device), make_targets(shape, dtype, device)
+    weight, row_weight = make_weights(shape, dtype, device, seed=3), make_weights(shape[-1:], dtype, device, seed=4)
+    for w, p in ((weight, None), (None, weight), (row_weight, weight), (None, row_weight)):
+        expected = evaluate(input, target, w, p, reduction, with_target=True)
+        crossed = [tensor if tensor is None or tensor.dim() == 1 else layout(tensor) for tensor in (w, p)]
+        assert_same(evaluate(layout(input), target, w, p, reduction, with_target=True), expected)
+        assert_same(evaluate(input, target, *crossed, reduction, with_target=True), expected)
+        assert_same(evaluate(layout(input), layout(target), w, p, reduction, with_target=True), expected)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("name", CROSSED)
+def test_ignored_labels_in_layouts_that_cross(name: str, target_dtype: torch.dtype, device: str) -> None:
+    shape, layout = CROSSED[name]
+    input = make_logits(shape, torch.float32, device)
+    target = torch.arange(input.numel(), device=device).remainder(7).fmod(3).view(shape).to(target_dtype)
+    weight = make_weights(shape, torch.float32, device)
+    for w in (None, weight):
+        results = []
+        for x, y, v in (
+            (input, target, w),
+            (layout(input), target, w),
+            (input, layout(target), w),
+            (input, target, w if w is None else layout(w)),
+        ):
+            leaf = x.detach().requires_grad_()
+            loss = F.binary_cross_entropy_with_logits(leaf, y, weight=v, ignore_index=2)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        for actual in results[1:]:
+            assert_same(actual, results[0])
+
+
+def test_gradients_past_the_caches_in_layouts_that_cross(device: str) -> None:
+    # Large enough for stores past the caches, which must be aligned; blocks begin at any element, as 1801 is odd.
+    shape = (1801, 1801)
+    input, target = make_logits(shape, torch.float32, device), make_targets(shape, torch.bool, device)
+    expected = evaluate(input, target, None, None, "mean")
+    assert_same(evaluate(transposed(input), target, None, None, "mean"), expected)
+    assert_same(evaluate(input, transposed(target), None, None, "none"), evaluate(input, target, None, None, "none"))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (15, 511), (16, 512), (84, 1099)], ids=str)
+def test_bad_labels_are_found_in_layouts_that_cross(place: tuple[int, int]) -> None:
+    input, target = torch.zeros(85, 1100), torch.zeros(85, 1100, dtype=torch.int64)
+    target[place] = 7
+    with pytest.raises(RuntimeError, match="7"):
+        F.binary_cross_entropy_with_logits(input, transposed(target))
+    with pytest.raises(RuntimeError, match="7"):
+        F.binary_cross_entropy_with_logits(transposed(input), target)
+    with pytest.raises(RuntimeError, match=r"-0\.5"):
+        F.binary_cross_entropy(
+            transposed(input.index_put((torch.tensor(place[0]), torch.tensor(place[1])), torch.tensor(-0.5))), input
+        )
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_negated_views(reduction: str, device: str) -> None:
     # The imaginary part of a conjugate is a view with the negative bit: its memory holds the opposite sign.

@@ -13,6 +13,7 @@
 #include "../composite.h"
 #include "../pass_operators.h"
 #include "block_kernel.h"
+#include "chunks.h"
 #include "element_types.h"
 #include "output_memory.h"
 #include "threads.h"
@@ -55,9 +56,7 @@ void run_in_shares(int64_t count, const Work& work) {
   });
 }
 
-int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-// The element that a kernel refused first, in the order of the walk, whatever thread met it.
+// The element that a kernel refused first, in the order of the chunks, whatever thread met it.
 class FirstInvalid {
  public:
   void add(int64_t chunk, const InvalidElement& element) {
@@ -106,15 +105,14 @@ bool goes_past_caches(const Problem& problem) {
 // added in a fixed order, so the result does not depend on the number of threads.
 double run_chunks(Problem& problem) {
   problem.past_caches = goes_past_caches(problem);
-  const int64_t chunks = num_chunks(problem.numel);
+  const Chunks chunks(problem);
   const ChunkKernel kernel = chunk_kernel(problem, isa());
-  c10::SmallVector<double, 64> sums(chunks);
+  c10::SmallVector<double, 64> sums(chunks.size());
   FirstInvalid invalid;
-  run_in_shares(chunks, [&](int64_t chunk) {
-    const int64_t begin = chunk * kChunk;
-    const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
-    sums[chunk] = result.sum;
-    if (result.invalid) invalid.add(chunk, *result.invalid);
+  run_in_shares(chunks.size(), [&](int64_t i) {
+    const ChunkResult result = kernel(problem, chunks[i]);
+    sums[i] = result.sum;
+    if (result.invalid) invalid.add(i, *result.invalid);
   });
   invalid.raise(problem);
   return sum_pairwise(sums);
@@ -130,10 +128,10 @@ int64_t count_chunks(Problem& problem) {
   const ChunkKernel count = chunk_kernel(counting, isa()), encode = chunk_kernel(encoding, isa());
   std::atomic<int64_t> valid = 0;
   std::atomic<bool> encodes = encoding.label_codes != nullptr;
-  run_in_shares(num_chunks(problem.numel), [&](int64_t chunk) {
-    const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, problem.numel);
+  const Chunks chunks(counting);
+  run_in_shares(chunks.size(), [&](int64_t i) {
     const bool encodes_this = encodes.load(std::memory_order_relaxed);
-    const ChunkResult result = encodes_this ? encode(encoding, begin, end) : count(counting, begin, end);
+    const ChunkResult result = encodes_this ? encode(encoding, chunks[i]) : count(counting, chunks[i]);
     if (encodes_this && !result.has_codes) encodes = false;
     valid += static_cast<int64_t>(result.sum);
   });

@@ -27,12 +27,23 @@ struct ChunkResult {
   bool has_codes = false;                 // of a count: whether every target has one
 };
 
-// The elements of the walk that make one chunk: the unit of work of a thread. A sum depends on the losses in its chunk
-// and on nothing else.
+// The most elements of a chunk, the unit of work of a thread. A sum depends on the losses in its chunk and on nothing
+// else.
 constexpr int64_t kChunk = 8192;
 
-// Evaluates the elements [begin, end) of the walk, at most kChunk of them.
-using ChunkKernel = ChunkResult (*)(const Problem& problem, int64_t begin, int64_t end);
+// The elements of a chunk: neighbours of the walk, or a rectangle out of it (chunks.h).
+struct Chunk {
+  int64_t begin = 0;       // the first element, as a position in the walk
+  int64_t columns = 0;     // how many neighbours make a row
+  int64_t rows = 1;        // of elements that are
+  int64_t row_stride = 0;  // elements apart in the walk: steps
+  int rows_along = -1;     // this dimension. There is none for a single row
+
+  int64_t numel() const { return columns * rows; }
+};
+
+// Evaluates a chunk.
+using ChunkKernel = ChunkResult (*)(const Problem& problem, const Chunk& chunk);
 
 // Whether the kernel for a problem computes from label codes as they are; others take them apart first.
 bool computes_from_codes(const Problem& problem);

@@ -31,11 +31,11 @@ namespace BCE_EXT_ISA {
 namespace {
 
 template <typename T, typename Formula>
-BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin, int64_t end, Summation summation) {
-  OperandReader<T> input(problem, problem.input, end - begin);
-  TargetReader<T> target(problem, end - begin);
-  WeightReader<T> weight(problem, end - begin);
-  OperandReader<T> pos_weight(problem, problem.pos_weight, end - begin);
+BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, const Chunk& chunk, Summation summation) {
+  OperandReader<T> input(problem, problem.input, chunk);
+  TargetReader<T> target(problem, chunk);
+  WeightReader<T> weight(problem, chunk);
+  OperandReader<T> pos_weight(problem, problem.pos_weight, chunk);
   OutputWriter<T> loss(problem, problem.loss);
   OutputWriter<T> grad_input(problem, problem.grad_input);
   OutputWriter<T> grad_target(problem, problem.grad_target);
@@ -48,11 +48,8 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
   alignas(kCacheLine) double lanes_of_block[kLanes<T>] = {};
   alignas(kCacheLine) T first[kBlock<T> + kStagger<T>];
   Log1pSum<T> logarithms;
-  int64_t n;
-  for (int64_t at = begin; at < end; at += n) {
-    n = smaller(kBlock<T>, end - at);
-    if (n > kLanes<T>) n &= ~(kLanes<T> - 1);  // what remains makes one last, small block
-    const int64_t padded = round_to_lanes<T>(n);
+  for (Blocks<T> blocks(chunk); blocks.next();) {
+    const int64_t at = blocks.begin(), n = blocks.size(), padded = round_to_lanes<T>(n);
 
     Block<T> block;
     block.w = kernels.needs.weight ? weight.block(at, n) : nullptr;
@@ -97,7 +94,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
     }
     if (joins_logs) {
       fill(T(0), padded - n, first + n);
-      logarithms.add(first, padded);
+      logarithms.add(first, padded, lanes);
     } else if (problem.reduce && (summation == Summation::OfStored || n != padded)) {
       fill(T(0), padded - n, block.loss + n);
       accumulate(block.loss, padded, lanes_of_block);
@@ -114,22 +111,23 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, int64_t begin
 }
 
 template <typename T, typename Formula>
-BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, int64_t begin, int64_t end) {
+BCE_EXT_TARGET ChunkResult evaluate_chunk(const Problem& problem, const Chunk& chunk) {
   const bool stores = !problem.reduce || problem.loss.data != nullptr || problem.grad_target.data != nullptr;
   if (!stores) {
     const bool is_weighted = problem.weight.layout != Layout::Absent || problem.pos_weight.layout != Layout::Absent ||
                              problem.grad_output.layout != Layout::Absent;
     const bool joins_logs = Formula::kJoinsLogarithms && !is_weighted;
     const ChunkResult result =
-        evaluate_blocks<T, Formula>(problem, begin, end, joins_logs ? Summation::Joined : Summation::InRegisters);
+        evaluate_blocks<T, Formula>(problem, chunk, joins_logs ? Summation::Joined : Summation::InRegisters);
     // Something infinite makes a summand NaN where it has no weight, and sums of four may be too large for T.
     if (std::isfinite(result.sum)) return result;
   }
-  return evaluate_blocks<T, Formula>(problem, begin, end, Summation::OfStored);
+  return evaluate_blocks<T, Formula>(problem, chunk, Summation::OfStored);
 }
 
 template <typename Byte>
-BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t begin, int64_t end) {
+BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, const Chunk& chunk) {
+  const int64_t begin = chunk.begin, end = begin + chunk.numel();
   // As the kernels of losses compare it.
   const double ignored = problem.compute_in_double ? problem.ignore_index : static_cast<float>(problem.ignore_index);
   const bool is_byte = ignored >= std::numeric_limits<Byte>::min() && ignored <= std::numeric_limits<Byte>::max() &&
@@ -150,13 +148,14 @@ BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, int64_t beg
 }
 
 template <typename T>
-BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, int64_t begin, int64_t end) {
-  OperandReader<T> reader(problem, problem.target, end - begin);
+BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, const Chunk& chunk) {
+  OperandReader<T> reader(problem, problem.target, chunk);
   const T ignored = static_cast<T>(problem.ignore_index);
   int64_t count = 0;
   ChunkResult result;
   result.has_codes = problem.label_codes != nullptr;
-  for (int64_t at = begin; at < end; at += kBlock<T>) {
+  const int64_t end = chunk.begin + chunk.numel();
+  for (int64_t at = chunk.begin; at < end; at += kBlock<T>) {
     const int64_t n = smaller(kBlock<T>, end - at);
     const T* const targets = reader.block(at, n);
     if constexpr (std::is_same_v<T, float>) {

@@ -1,6 +1,7 @@
 // The first step of the CPU kernel: operands of a block, converted or gathered into buffers of the compute type.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -61,6 +62,74 @@ BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t str
   }
 }
 
+// Turns four columns of four numbers into rows.
+template <typename T>
+BCE_EXT_TARGET void transpose_four(const T* const (&columns)[4], int64_t row_stride, T* out) {
+  using Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+  const Four a = *reinterpret_cast<const Four*>(columns[0]), b = *reinterpret_cast<const Four*>(columns[1]);
+  const Four c = *reinterpret_cast<const Four*>(columns[2]), d = *reinterpret_cast<const Four*>(columns[3]);
+  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<Four*>(out) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(out + row_stride) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(out + 2 * row_stride) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(out + 3 * row_stride) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// Reads kRows rows of a rectangle whose columns are neighbours in memory. These are at most what a cache line holds.
+template <int64_t kRows, typename T, typename S>
+BCE_EXT_TARGET void read_columns(const S* in, int64_t stride, int64_t columns, T* __restrict out) {
+  constexpr int64_t kAhead = 16;
+  int64_t column = 0;
+  for (; column + 4 <= columns; column += 4) {
+    T converted[4][kRows];
+    const T* at[4];
+    for (int64_t c = 0; c < 4; ++c) {
+      const S* const from = in + (column + c) * stride;
+      if (column + kAhead < columns) __builtin_prefetch(from + kAhead * stride);
+      if constexpr (std::is_same_v<S, T>) {
+        at[c] = from;
+      } else {
+        for (int64_t row = 0; row < kRows; ++row) converted[c][row] = load_as<T>(from[row]);
+        at[c] = converted[c];
+      }
+    }
+    for (int64_t row = 0; row < kRows; row += 4) {
+      transpose_four({at[0] + row, at[1] + row, at[2] + row, at[3] + row}, columns, out + row * columns + column);
+    }
+  }
+  for (; column < columns; ++column) {
+    for (int64_t row = 0; row < kRows; ++row) out[row * columns + column] = load_as<T>(in[row + column * stride]);
+  }
+}
+
+// Where memory holds an element of the walk, and its coordinates there.
+BCE_EXT_TARGET int64_t offset_of(const Problem& problem, const Operand& operand, int64_t element,
+                                 int64_t (&coordinates)[kMaxDims]) {
+  int64_t offset = 0;
+  for (int d = problem.ndim - 1; d >= 0; --d) {
+    coordinates[d] = element % problem.sizes[d];
+    element /= problem.sizes[d];
+    offset += coordinates[d] * operand.strides[d];
+  }
+  return offset;
+}
+
+// Reads the rows of a rectangle.
+template <typename T, typename S>
+BCE_EXT_TARGET void read_rectangle(const Problem& problem, const Operand& operand, const Chunk& chunk, T* out) {
+  int64_t coordinates[kMaxDims];
+  const S* in = static_cast<const S*>(operand.data) + offset_of(problem, operand, chunk.begin, coordinates);
+  const int64_t row_stride = operand.strides[chunk.rows_along], stride = operand.strides[problem.ndim - 1];
+  const int64_t columns = chunk.columns;
+  int64_t row = 0;
+  if (row_stride == 1) {
+    for (; row + 16 <= chunk.rows; row += 16) read_columns<16>(in + row, stride, columns, out + row * columns);
+    for (; row + 4 <= chunk.rows; row += 4) read_columns<4>(in + row, stride, columns, out + row * columns);
+  }
+  for (; row < chunk.rows; ++row) read_run(in + row * row_stride, stride, columns, out + row * columns);
+}
+
 // Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.
 template <typename T, typename S>
 BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
@@ -68,12 +137,7 @@ BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand,
   const int last = problem.ndim - 1;
   const S* in = static_cast<const S*>(operand.data);
   int64_t coordinates[kMaxDims];
-  int64_t offset = 0;
-  for (int d = last; d >= 0; --d) {
-    coordinates[d] = begin % problem.sizes[d];
-    begin /= problem.sizes[d];
-    offset += coordinates[d] * operand.strides[d];
-  }
+  int64_t offset = offset_of(problem, operand, begin, coordinates);
   const int64_t row = problem.sizes[last];
   const int64_t stride = operand.strides[last];
   for (;;) {
@@ -105,49 +169,52 @@ BCE_EXT_TARGET void read_strided(const Problem& problem, const Operand& operand,
 }
 
 template <typename T, typename S>
-BCE_EXT_TARGET void read_elements(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+BCE_EXT_TARGET void read_elements(const Problem& problem, const Operand& operand, const Chunk& chunk, T* out) {
   const S* in = static_cast<const S*>(operand.data);
+  const int64_t n = chunk.numel();
   switch (operand.layout) {
     case Layout::Absent:
       return fill(T(1), n, out);
     case Layout::Scalar:
       return fill(load_as<T>(*in), n, out);
     case Layout::Flat:
-      return read_run(in + begin, 1, n, out);
+      return read_run(in + chunk.begin, 1, n, out);
     case Layout::Strided:
-      return read_strided<T, S>(problem, operand, begin, n, out);
+      if (chunk.rows_along >= 0) return read_rectangle<T, S>(problem, operand, chunk, out);
+      return read_strided<T, S>(problem, operand, chunk.begin, n, out);
   }
 }
 
+// Reads a chunk, or neighbours out of it; rectangles of strided operands only.
 template <typename T>
-BCE_EXT_TARGET void read(const Problem& problem, const Operand& operand, int64_t begin, int64_t n, T* out) {
+BCE_EXT_TARGET void read(const Problem& problem, const Operand& operand, const Chunk& chunk, T* out) {
   switch (operand.dtype) {
     case Dtype::Bool:
-      return read_elements<T, BoolBits>(problem, operand, begin, n, out);
+      return read_elements<T, BoolBits>(problem, operand, chunk, out);
     case Dtype::UInt8:
-      return read_elements<T, uint8_t>(problem, operand, begin, n, out);
+      return read_elements<T, uint8_t>(problem, operand, chunk, out);
     case Dtype::Int8:
-      return read_elements<T, int8_t>(problem, operand, begin, n, out);
+      return read_elements<T, int8_t>(problem, operand, chunk, out);
     case Dtype::Int16:
-      return read_elements<T, int16_t>(problem, operand, begin, n, out);
+      return read_elements<T, int16_t>(problem, operand, chunk, out);
     case Dtype::UInt16:
-      return read_elements<T, uint16_t>(problem, operand, begin, n, out);
+      return read_elements<T, uint16_t>(problem, operand, chunk, out);
     case Dtype::Int32:
-      return read_elements<T, int32_t>(problem, operand, begin, n, out);
+      return read_elements<T, int32_t>(problem, operand, chunk, out);
     case Dtype::UInt32:
-      return read_elements<T, uint32_t>(problem, operand, begin, n, out);
+      return read_elements<T, uint32_t>(problem, operand, chunk, out);
     case Dtype::Int64:
-      return read_elements<T, int64_t>(problem, operand, begin, n, out);
+      return read_elements<T, int64_t>(problem, operand, chunk, out);
     case Dtype::UInt64:
-      return read_elements<T, uint64_t>(problem, operand, begin, n, out);
+      return read_elements<T, uint64_t>(problem, operand, chunk, out);
     case Dtype::Half:
-      return read_elements<T, HalfBits>(problem, operand, begin, n, out);
+      return read_elements<T, HalfBits>(problem, operand, chunk, out);
     case Dtype::BFloat16:
-      return read_elements<T, BFloat16Bits>(problem, operand, begin, n, out);
+      return read_elements<T, BFloat16Bits>(problem, operand, chunk, out);
     case Dtype::Float:
-      return read_elements<T, float>(problem, operand, begin, n, out);
+      return read_elements<T, float>(problem, operand, chunk, out);
     case Dtype::Double:
-      return read_elements<T, double>(problem, operand, begin, n, out);
+      return read_elements<T, double>(problem, operand, chunk, out);
   }
 }
 
@@ -175,17 +242,26 @@ struct Stream {
 };
 
 // Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a
-// tile that holds every block as a contiguous stretch.
+// tile that holds every block as a contiguous stretch. A rectangle of a strided operand is read as a whole, in the
+// order of its memory.
 template <typename T>
 class OperandReader {
  public:
-  BCE_EXT_TARGET OperandReader(const Problem& problem, const Operand& operand, int64_t numel)
+  BCE_EXT_TARGET OperandReader(const Problem& problem, const Operand& operand, const Chunk& chunk)
       : problem_(problem),
         operand_(operand),
-        numel_(numel),
+        chunk_(chunk),
         period_(period(problem, operand)),
         in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
-        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {}
+        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {
+    if (chunk.rows_along < 0 || operand.layout != Layout::Strided || tiled_) return;
+    // Without memory for it, block by block.
+    rectangle_ = static_cast<T*>(aligned_alloc(kCacheLine, kChunk * sizeof(T)));
+    if (rectangle_ != nullptr) read(problem, operand, chunk, rectangle_);
+  }
+  OperandReader(const OperandReader&) = delete;
+  OperandReader& operator=(const OperandReader&) = delete;
+  BCE_EXT_TARGET ~OperandReader() { free(rectangle_); }
 
   // What will be read for the elements from `begin` on, where that is a plain stretch of memory.
   BCE_EXT_TARGET Stream ahead(int64_t begin) const {
@@ -200,24 +276,35 @@ class OperandReader {
   }
 
   // The n elements from `begin` on, at most kBlock, followed by zeros up to a multiple of kLanes. Only the last block
-  // of a chunk may need these: no tile is read after it.
+  // of a row may need these.
   BCE_EXT_TARGET const T* block(int64_t begin, int64_t n) {
     if (n % kLanes<T> == 0) {
       if (in_place_) return static_cast<const T*>(operand_.data) + begin;
+      if (rectangle_ != nullptr) return in_rectangle(begin);
       if (tiled_) {
         if (!tile_is_read_) read_tile();
         return buffer_ + begin % period_;
       }
     }
-    read(problem_, operand_, begin, n, buffer_);
+    if (rectangle_ != nullptr) {
+      memcpy(buffer_, in_rectangle(begin), n * sizeof(T));
+    } else {
+      read(problem_, operand_, {begin, n}, buffer_);
+    }
     fill(T(0), round_to_lanes<T>(n) - n, buffer_ + n);
+    tile_is_read_ = false;
     return buffer_;
   }
 
  private:
+  BCE_EXT_TARGET const T* in_rectangle(int64_t element) const {
+    const int64_t distance = element - chunk_.begin;
+    return rectangle_ + distance / chunk_.row_stride * chunk_.columns + distance % chunk_.row_stride;
+  }
+
   BCE_EXT_TARGET void read_tile() {
-    read(problem_, operand_, 0, period_, buffer_);
-    const int64_t length = period_ + smaller(kBlock<T>, numel_);
+    read(problem_, operand_, {0, period_}, buffer_);
+    const int64_t length = period_ + smaller(kBlock<T>, chunk_.numel());
     for (int64_t filled = period_; filled < length;) {
       const int64_t copied = smaller(filled, length - filled);
       memcpy(buffer_ + filled, buffer_, copied * sizeof(T));
@@ -228,11 +315,12 @@ class OperandReader {
 
   const Problem& problem_;
   const Operand& operand_;
-  const int64_t numel_;  // of the chunk
+  const Chunk& chunk_;
   const int64_t period_;
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
+  T* rectangle_ = nullptr;
   alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
 };
 
@@ -246,9 +334,9 @@ BCE_EXT_HOST_DEVICE bool scales_by_grad_output(const Problem& problem) {
 template <typename T>
 class WeightReader {
  public:
-  BCE_EXT_TARGET WeightReader(const Problem& problem, int64_t numel)
-      : weight_(problem, problem.weight, numel),
-        grad_output_(problem, problem.grad_output, numel),
+  BCE_EXT_TARGET WeightReader(const Problem& problem, const Chunk& chunk)
+      : weight_(problem, problem.weight, chunk),
+        grad_output_(problem, problem.grad_output, chunk),
         in_scale_(scales_by_grad_output(problem)),
         has_weight_(problem.weight.layout != Layout::Absent),
         has_grad_output_(problem.grad_output.layout != Layout::Absent && !in_scale_) {}

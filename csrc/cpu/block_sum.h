@@ -93,8 +93,9 @@ BCE_EXT_HOST_DEVICE Numbers<T> product_of_excesses(const T* e) {
 template <typename T>
 class Log1pSum {
  public:
-  // The next n elements, a multiple of kLanes; e is in [0, 1] or NaN.
-  BCE_EXT_TARGET void add(const T* e, int64_t n) {
+  // The next n elements, a multiple of kLanes and at most kBlock; e is in [0, 1] or NaN.
+  BCE_EXT_TARGET void add(const T* e, int64_t n, double* lanes) {
+    if (size_ > kCapacity - kMostOfBlock) finish(lanes);
     const int64_t multiplied = multiply<kFactors>(e, n);
     const int64_t multiplied_by_few = multiply<kFewFactors>(e + multiplied, n - multiplied);
     const int64_t done = multiplied + multiplied_by_few;
@@ -106,6 +107,7 @@ class Log1pSum {
       math::log1p_of_nonnegative(Numbers<T>::load(products_ + i)).store(products_ + i);
     }
     accumulate(products_, size_, lanes);
+    size_ = 0;
   }
 
  private:
@@ -124,9 +126,12 @@ class Log1pSum {
     return i;
   }
 
-  // All blocks but the last two of a chunk are multiplied by kFactors. Of those, less than kFactors * kLanes elements
-  // each are left to the others.
-  alignas(kCacheLine) T products_[kChunk / kFactors + 2 * (kFactors / kFewFactors + kFewFactors) * kLanes<T>];
+  // What kFactors leave of a block are less than kFactors * kLanes elements. Room for the blocks of a chunk, if it has
+  // long rows.
+  static constexpr int64_t kMostOfBlock =
+      (kBlock<T> / (kFactors * kLanes<T>)+kFactors / kFewFactors + kFewFactors) * kLanes<T>;
+  static constexpr int64_t kCapacity = kChunk / kFactors + 2 * kMostOfBlock;
+  alignas(kCacheLine) T products_[kCapacity];
   int64_t size_ = 0;
 };
 

@@ -19,8 +19,7 @@ template <typename T>
 class OutputWriter {
  public:
   BCE_EXT_TARGET OutputWriter(const Problem& problem, const Output& output)
-      : output_(output),
-        past_caches_(problem.past_caches && reinterpret_cast<uintptr_t>(output.data) % BCE_EXT_VECTOR_BYTES == 0) {}
+      : output_(output), past_caches_(problem.past_caches) {}
 
   // Where to put the n elements from `begin` on, rounded up to a multiple of kLanes.
   BCE_EXT_TARGET T* block(int64_t begin, int64_t n) {
@@ -33,9 +32,10 @@ class OutputWriter {
     return output_.data == nullptr ? nullptr : static_cast<char*>(output_.data) + begin * size_of(output_.dtype);
   }
 
-  // Whether a block that begins here is written past the caches: in the output, that is, which is aligned for that, as
-  // all blocks in it then are.
-  BCE_EXT_TARGET bool goes_past_caches(const void* block) const { return past_caches_ && block != buffer_; }
+  // Whether a block that begins here is written past the caches: in the output, that is, and where it is aligned.
+  BCE_EXT_TARGET bool goes_past_caches(const void* block) const {
+    return past_caches_ && block != buffer_ && reinterpret_cast<uintptr_t>(block) % BCE_EXT_VECTOR_BYTES == 0;
+  }
 
   BCE_EXT_TARGET void finish(const T* block, int64_t begin, int64_t n) const {
     if (output_.data == nullptr || block != buffer_) return;

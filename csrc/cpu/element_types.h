@@ -25,7 +25,9 @@ BCE_EXT_HOST_DEVICE T load_as(S value) {
 
 template <typename T>
 BCE_EXT_HOST_DEVICE T load_as(BoolBits value) {
-  return value.bits != 0 ? T(1) : T(0);
+  // Without a choice, which compilers make a jump of that no processor foresees.
+  const math::Bits<T> ones = 0 - static_cast<math::Bits<T>>(value.bits != 0);
+  return math::from_bits<T>(ones & math::to_bits(T(1)));
 }
 
 template <typename T>

@@ -179,8 +179,8 @@ BCE_EXT_HOST_DEVICE auto ignored_of(const S* targets, int64_t i, Labels loaded, 
 template <typename T>
 class TargetReader {
  public:
-  BCE_EXT_TARGET TargetReader(const Problem& problem, int64_t numel)
-      : memory_(problem, problem.target, numel),
+  BCE_EXT_TARGET TargetReader(const Problem& problem, const Chunk& chunk)
+      : memory_(problem, problem.target, chunk),
         codes_(problem.label_codes),
         ignored_(static_cast<T>(problem.ignore_index)) {}
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/block_kernel.h"
+#include "../../csrc/cpu/chunks.h"
 
 using namespace bce_ext;
 
@@ -104,7 +105,8 @@ bool check(const char* name, Dtype input_dtype, Dtype target_dtype, Isa isa, boo
   problem.loss = {loss.data(), input_dtype};
   problem.grad_input = {grad.data(), input_dtype};
   const ChunkKernel kernel = chunk_kernel(problem, isa);
-  for (int64_t begin = 0; begin < numel; begin += kChunk) kernel(problem, begin, std::min(begin + kChunk, numel));
+  const Chunks chunks(problem);
+  for (int64_t i = 0; i < chunks.size(); ++i) kernel(problem, chunks[i]);
 
   double worst = 0;
   for (int64_t i = 0; i < numel; ++i) {
@@ -140,8 +142,9 @@ double run(const Problem& problem, Isa isa, bool& every_code) {
   const ChunkKernel kernel = chunk_kernel(problem, isa);
   double sum = 0;
   every_code = true;
-  for (int64_t begin = 0; begin < problem.numel; begin += kChunk) {
-    const ChunkResult result = kernel(problem, begin, std::min(begin + kChunk, problem.numel));
+  const Chunks chunks(problem);
+  for (int64_t i = 0; i < chunks.size(); ++i) {
+    const ChunkResult result = kernel(problem, chunks[i]);
     sum += result.sum;
     every_code &= result.has_codes;
   }
@@ -199,6 +202,68 @@ bool check_codes(const char* name, Dtype dtype, T ignored, Isa isa) {
   return good;
 }
 
+// A target that lies in memory in another order than the walk: the gradients are those of a copy that does not, bit for
+// bit, and so is the sum but for its order. Sizes of the walk, outermost first, and the dimension along which the
+// targets are neighbours.
+bool check_rectangles(Dtype target_dtype, Isa isa) {
+  struct Walk {
+    std::vector<int64_t> sizes;
+    size_t neighbours;
+    bool has_rectangles;
+  };
+  const std::vector<Walk> walks = {
+      {{145, 513}, 0, true},    // rows in two parts; the last rectangle has one row more than 16
+      {{3, 700, 21}, 1, true},  // rows that touch, in several rectangles for each of the outermost dimension
+      {{3, 1000, 8}, 1, true},  {{137, 5, 130}, 0, true},  // rows that do not touch
+      {{137, 5, 40}, 0, false},                            // too short for that
+      {{500, 5, 5}, 1, false},                             // too small a rectangle
+      {{1300, 7}, 0, false},                               // too short a row
+  };
+  bool good = true;
+  for (const Walk& walk : walks) {
+    Problem problem;
+    problem.ndim = static_cast<int>(walk.sizes.size());
+    problem.numel = 1;
+    for (int d = 0; d < problem.ndim; ++d) problem.numel *= problem.sizes[d] = walk.sizes[d];
+    const int64_t n = problem.numel;
+    // Neighbours along one dimension; the others as they are, innermost first.
+    int64_t strides[kMaxDims] = {}, stride = walk.sizes[walk.neighbours];
+    strides[walk.neighbours] = 1;
+    for (int d = problem.ndim - 1; d >= 0; --d) {
+      if (strides[d] != 0) continue;
+      strides[d] = stride;
+      stride *= walk.sizes[d];
+    }
+    std::vector<double> flat(n), strided(n);
+    std::vector<float> input(n), expected(n), grad(n);
+    for (int64_t i = 0; i < n; ++i) {
+      input[i] = static_cast<float>(i % 201 - 100) * 0.3f;
+      flat[i] = target_dtype == Dtype::Bool ? static_cast<double>(i % 3 == 0) : static_cast<double>(i % 257) / 256;
+      int64_t offset = 0, rest = i;
+      for (int d = problem.ndim - 1; d >= 0; rest /= walk.sizes[d--]) offset += rest % walk.sizes[d] * strides[d];
+      strided[offset] = flat[i];
+    }
+    Buffer in_order = make(target_dtype, flat), out_of_order = make(target_dtype, strided);
+    problem.input = {input.data(), Dtype::Float, Layout::Flat, {}};
+    problem.target = {in_order.data(), target_dtype, Layout::Flat, {}};
+    problem.reduce = true;
+    problem.grad_input = {expected.data(), Dtype::Float};
+    bool unused;
+    const double sum = run(problem, isa, unused);
+    problem.target = {out_of_order.data(), target_dtype, Layout::Strided, {}};
+    std::copy(strides, strides + kMaxDims, problem.target.strides);
+    problem.grad_input = {grad.data(), Dtype::Float};
+    good &= std::fabs(run(problem, isa, unused) - sum) <= 1e-6 * sum && grad == expected;
+    const Chunks chunks(problem);
+    int64_t elements = 0;
+    for (int64_t i = 0; i < chunks.size(); ++i) elements += chunks[i].numel();
+    good &= elements == n && (chunks[0].rows_along >= 0) == walk.has_rectangles;
+  }
+  std::printf("rectangles of %-14s isa %d %s\n", target_dtype == Dtype::Bool ? "bool" : "numbers",
+              static_cast<int>(isa), good ? "" : "FAILED");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -210,6 +275,9 @@ int main() {
     good &= check("float32, pos_weight", Dtype::Float, Dtype::Float, isa, true);
     good &= check("float64", Dtype::Double, Dtype::Double, isa, false);
     good &= check("bfloat16", Dtype::BFloat16, Dtype::BFloat16, isa, false);
+    for (const Dtype dtype : {Dtype::Float, Dtype::Bool, Dtype::BFloat16, Dtype::Double}) {
+      good &= check_rectangles(dtype, isa);
+    }
     good &= check_codes<float>("float32", Dtype::Float, -100.0f, isa);
     good &= check_codes<int64_t>("int64", Dtype::Int64, 255, isa);
     good &= check_codes<uint8_t>("uint8", Dtype::UInt8, 255, isa);

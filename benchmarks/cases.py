@@ -26,7 +26,7 @@ class Case:
     target: str = "same"  # same: the dtype of the input | bool | int64
     reduction: str = "mean"
     weights: str = "none"  # none | weight | weight[N,1] | pos_weight | pos_weight[C] | pos_weight[C,1,1]
-    layout: str = "contiguous"  # contiguous | channels_last | transposed | mixed | sliced
+    layout: str = "contiguous"  # contiguous | channels_last | transposed | mixed: the input alone | sliced
     loss: str = "logits"  # logits: BCEWithLogitsLoss | probabilities: BCELoss
     mode: str = "full"  # forward, recorded by autograd | inference: forward under no_grad | backward | full: both
     threads: int = 1
@@ -98,6 +98,8 @@ def _lay_out(values: Tensor, layout: str) -> Tensor:
     """The same values, stored in another order."""
     match layout:
         case "channels_last":
+            return values.contiguous(memory_format=torch.channels_last)
+        case "mixed" if values.dim() == 4:
             return values.contiguous(memory_format=torch.channels_last)
         case "transposed" | "mixed":
             return values.mT.contiguous().mT

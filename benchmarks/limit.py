@@ -10,6 +10,7 @@ from terminal import print_table, track
 from timing import Candidate, measure
 
 LARGE = Case((4096, 4096))
+IMAGES = Case((16, 64, 128, 128))
 LARGE_SHAPE = {"cpu": LARGE.shape, "cuda": (1 << 16, 1 << 11)}  # several times the caches
 PATHS = {
     "mean": LARGE,
@@ -27,6 +28,9 @@ PATHS = {
     "BCELoss": replace(LARGE, loss="probabilities"),
     "BCELoss, bool target": replace(LARGE, loss="probabilities", target="bool"),
     "BCELoss, reduction none": replace(LARGE, loss="probabilities", reduction="none"),
+    "channels_last logits, other targets": replace(IMAGES, layout="mixed"),
+    "the same, bool target": replace(IMAGES, layout="mixed", target="bool"),
+    "transposed logits, other targets": replace(LARGE, layout="mixed"),
     "no gradient": replace(LARGE, mode="inference"),
     "no gradient, bfloat16": replace(LARGE, mode="inference", dtype="bfloat16"),
     "mean, 1M elements": Case((1024, 1024)),

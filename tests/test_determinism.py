@@ -61,6 +61,24 @@ def test_the_number_of_threads_does_not_matter(
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.usefixtures("restore_threads")
+@every_formula
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nor_does_it_where_targets_lie_in_another_order(weighted: bool, loss: Member) -> None:
+    shape = (3, 700, 41)  # rectangles of 192 rows, the last ones of 124
+    input, target, weight = (
+        tensor if tensor is None else tensor.view(shape)
+        for tensor in make_problem(loss, 3 * 700 * 41, torch.float32, "cpu", weighted)
+    )
+    target = target.mT.contiguous().mT
+    torch.set_num_threads(1)
+    expected = evaluate(loss, input, target, weight, "mean")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        actual = evaluate(loss, input, target, weight, "mean")
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @every_formula
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("numel", [*SIZES, 2**20 + 1])

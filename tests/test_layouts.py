@@ -278,7 +278,13 @@ def test_rows_of_a_strided_target_across_chunks(reduction: str, device: str) -> 
 # An input and a target whose elements are neighbours along different dimensions: a CPU reads rectangles of them.
 CROSSED = {
     "images": ((2, 70, 40, 50), channels_last),  # all rows of a rectangle follow each other
-    "few channels": ((2, 9, 60, 70), channels_last),  # a rectangle of more rows than columns
+    "nine channels": ((2, 9, 60, 70), channels_last),  # a rectangle of more rows than columns
+    "five channels": (
+        (2, 5, 60, 70),
+        channels_last,
+    ),  # rows too short for rectangles; the other way round few long ones
+    "three channels": ((2, 3, 60, 70), channels_last),
+    "two channels": ((2, 2, 60, 70), channels_last),
     "long rows": ((85, 1100), transposed),  # rows in three parts, the last one no multiple of a vector
     "odd sizes": ((1, 613, 17, 31), channels_last),  # rows that begin anywhere
     "three dimensions": ((140, 5, 150), reversed_dims),  # rows that are not neighbours in the walk

@@ -7,6 +7,7 @@
 
 #include "../problem.h"
 #include "block.h"
+#include "block_transpose.h"
 #include "element_types.h"
 
 namespace bce_ext {
@@ -57,49 +58,9 @@ BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
 template <typename T, typename S>
 BCE_EXT_TARGET void read_short_rows(const S* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t row,
                                     T* __restrict out) {
+  if (row_stride == 1) return read_transposed(in, stride, rows, row, out);
   for (int64_t column = 0; column < row; ++column) {
     for (int64_t r = 0; r < rows; ++r) out[r * row + column] = load_as<T>(in[r * row_stride + column * stride]);
-  }
-}
-
-// Turns four columns of four numbers into rows.
-template <typename T>
-BCE_EXT_TARGET void transpose_four(const T* const (&columns)[4], int64_t row_stride, T* out) {
-  using Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
-  const Four a = *reinterpret_cast<const Four*>(columns[0]), b = *reinterpret_cast<const Four*>(columns[1]);
-  const Four c = *reinterpret_cast<const Four*>(columns[2]), d = *reinterpret_cast<const Four*>(columns[3]);
-  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  *reinterpret_cast<Four*>(out) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(out + row_stride) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  *reinterpret_cast<Four*>(out + 2 * row_stride) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(out + 3 * row_stride) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-}
-
-// Reads kRows rows of a rectangle whose columns are neighbours in memory. These are at most what a cache line holds.
-template <int64_t kRows, typename T, typename S>
-BCE_EXT_TARGET void read_columns(const S* in, int64_t stride, int64_t columns, T* __restrict out) {
-  constexpr int64_t kAhead = 16;
-  int64_t column = 0;
-  for (; column + 4 <= columns; column += 4) {
-    T converted[4][kRows];
-    const T* at[4];
-    for (int64_t c = 0; c < 4; ++c) {
-      const S* const from = in + (column + c) * stride;
-      if (column + kAhead < columns) __builtin_prefetch(from + kAhead * stride);
-      if constexpr (std::is_same_v<S, T>) {
-        at[c] = from;
-      } else {
-        for (int64_t row = 0; row < kRows; ++row) converted[c][row] = load_as<T>(from[row]);
-        at[c] = converted[c];
-      }
-    }
-    for (int64_t row = 0; row < kRows; row += 4) {
-      transpose_four({at[0] + row, at[1] + row, at[2] + row, at[3] + row}, columns, out + row * columns + column);
-    }
-  }
-  for (; column < columns; ++column) {
-    for (int64_t row = 0; row < kRows; ++row) out[row * columns + column] = load_as<T>(in[row + column * stride]);
   }
 }
 
@@ -121,13 +82,10 @@ BCE_EXT_TARGET void read_rectangle(const Problem& problem, const Operand& operan
   int64_t coordinates[kMaxDims];
   const S* in = static_cast<const S*>(operand.data) + offset_of(problem, operand, chunk.begin, coordinates);
   const int64_t row_stride = operand.strides[chunk.rows_along], stride = operand.strides[problem.ndim - 1];
-  const int64_t columns = chunk.columns;
-  int64_t row = 0;
-  if (row_stride == 1) {
-    for (; row + 16 <= chunk.rows; row += 16) read_columns<16>(in + row, stride, columns, out + row * columns);
-    for (; row + 4 <= chunk.rows; row += 4) read_columns<4>(in + row, stride, columns, out + row * columns);
+  if (row_stride == 1) return read_transposed(in, stride, chunk.rows, chunk.columns, out);
+  for (int64_t row = 0; row < chunk.rows; ++row) {
+    read_run(in + row * row_stride, stride, chunk.columns, out + row * chunk.columns);
   }
-  for (; row < chunk.rows; ++row) read_run(in + row * row_stride, stride, columns, out + row * columns);
 }
 
 // Reads the elements [begin, begin + n) of the walk, run by run along the innermost dimension.

@@ -10,14 +10,13 @@
 #include <cstdint>
 
 #include "block_kernel.h"
-#include "element_types.h"
 
 namespace bce_ext {
 
 class Chunks {
  public:
-  explicit Chunks(const Problem& problem) : problem_(problem) {
-    if (problem.label_codes == nullptr && !problem.counts) choose_rectangle();
+  explicit Chunks(const Problem& problem) : problem_(problem), last_(problem.ndim - 1) {
+    if (problem.label_codes == nullptr && !problem.counts && problem.numel >= kChunk) choose_rectangle();
     if (rows_along_ < 0) {
       size_ = parts(problem.numel, kChunk);
       return;
@@ -30,66 +29,69 @@ class Chunks {
 
   Chunk operator[](int64_t i) const {
     if (rows_along_ < 0) return {i * kChunk, std::min(kChunk, problem_.numel - i * kChunk)};
+    Chunk chunk;
+    chunk.rows_along = rows_along_;
     // Rectangles that share cache lines follow each other.
-    const int64_t row = i % parts_along(rows_along_) * rows_;
+    const int64_t first_row = i % parts_along(rows_along_) * rows_;
     i /= parts_along(rows_along_);
-    Chunk chunk{0, 0, std::min(rows_, problem_.sizes[rows_along_] - row), 0, rows_along_};
+    chunk.rows = std::min(rows_, problem_.sizes[rows_along_] - first_row);
     int64_t stride = 1;  // of a dimension of the walk
-    for (int d = problem_.ndim - 1; d >= 0; stride *= problem_.sizes[d], --d) {
+    for (int d = last_; d >= 0; stride *= problem_.sizes[d], --d) {
       if (d == rows_along_) {
-        chunk.begin += row * stride;
+        chunk.begin += first_row * stride;
         chunk.row_stride = stride;
         continue;
       }
-      const int64_t step = d == problem_.ndim - 1 ? columns_ : 1;
-      const int64_t at = i % parts_along(d) * step;
+      const int64_t at = i % parts_along(d) * (d == last_ ? columns_ : 1);
       i /= parts_along(d);
       chunk.begin += at * stride;
-      if (d == problem_.ndim - 1) chunk.columns = std::min(columns_, problem_.sizes[d] - at);
+      if (d == last_) chunk.columns = std::min(columns_, problem_.sizes[d] - at);
     }
     return chunk;
   }
 
  private:
-  static constexpr int64_t kCacheLine = 64;
+  static constexpr int64_t kRowsOfLine = 16;  // in float32
+  static constexpr int64_t kVectors = 64;     // elements, a multiple of any vector
 
   static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+  static int64_t round_down(int64_t n, int64_t unit) { return n - n % unit; }
+  static int64_t round_up(int64_t n, int64_t unit) { return parts(n, unit) * unit; }
 
   int64_t parts_along(int d) const {
     if (d == rows_along_) return parts(problem_.sizes[d], rows_);
-    return d == problem_.ndim - 1 ? parts(problem_.sizes[d], columns_) : problem_.sizes[d];
+    return d == last_ ? parts(problem_.sizes[d], columns_) : problem_.sizes[d];
   }
 
-  // The dimension along which an operand's elements are neighbours, if it is another one than the innermost, along
-  // which each has a cache line of its own; -1 otherwise.
+  // The dimension along which an operand's elements are neighbours, if it is not the innermost; -1 otherwise.
   int across(const Operand& operand) const {
-    const int last = problem_.ndim - 1;
-    if (operand.layout != Layout::Strided || operand.strides[last] * size_of(operand.dtype) < kCacheLine) return -1;
-    for (int d = 0; d < last; ++d) {
+    if (operand.layout != Layout::Strided || operand.strides[last_] <= 1) return -1;
+    for (int d = 0; d < last_; ++d) {
       if (operand.strides[d] == 1) return d;
     }
     return -1;
   }
 
   void choose_rectangle() {
-    constexpr int64_t kRowsOfLine = 16, kShortRow = 8, kLongRow = 512, kSmallestRectangle = kChunk / 4;
-    const Problem& p = problem_;
-    for (const Operand* operand : {&p.target, &p.input, &p.grad_output, &p.weight, &p.pos_weight}) {
+    constexpr int64_t kShortRow = 8, kShortBlock = 128, kLongRow = 512, kSmallest = kChunk / 4;
+    const int64_t row = last_ < 0 ? 0 : problem_.sizes[last_];
+    for (const Operand* operand :
+         {&problem_.target, &problem_.input, &problem_.grad_output, &problem_.weight, &problem_.pos_weight}) {
       const int d = across(*operand);
-      if (d < 0 || p.numel < kChunk) continue;
-      const int64_t row = p.sizes[p.ndim - 1];
-      const bool rows_touch = d == p.ndim - 2;
-      if (row < kShortRow || (!rows_touch && row < kLongRow / 4)) continue;  // short rows would make short blocks
-      columns_ = row;
-      if (row > kLongRow) columns_ = parts(parts(row, parts(row, kLongRow)), kCacheLine) * kCacheLine;
-      rows_ = std::min(kChunk / columns_ / kRowsOfLine * kRowsOfLine, p.sizes[d]);
-      if (rows_ * columns_ < kSmallestRectangle) continue;
+      // Rows that are not neighbours in the walk make blocks of their own.
+      if (d < 0 || row < (d == last_ - 1 ? kShortRow : kShortBlock)) continue;
+      const int64_t most_rows = problem_.sizes[d];
+      const int64_t most = most_rows < kRowsOfLine ? round_down(kChunk / most_rows, kVectors) : kLongRow;
+      columns_ = row <= most ? row : std::min(most, round_up(parts(row, parts(row, most)), kVectors));
+      rows_ = most_rows < kRowsOfLine ? most_rows : std::min(most_rows, round_down(kChunk / columns_, kRowsOfLine));
+      if (rows_ * columns_ < kSmallest) continue;
       rows_along_ = d;
       return;
     }
   }
 
   const Problem& problem_;
+  const int last_;
   int rows_along_ = -1;
   int64_t rows_ = 1, columns_ = 0;
   int64_t size_;

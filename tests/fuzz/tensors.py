@@ -48,7 +48,8 @@ def any_shape(draw: Draw) -> Shape:
             sizes[draw.randrange(len(sizes))] = 0
         return tuple(sizes)
     if kind == "large":
-        return draw.pick(((LARGE[0],), (2, 150_001), (600, 500)))
+        # In another order of the dimensions, the last three are read as rectangles.
+        return draw.pick(((LARGE[0],), (2, 150_001), (600, 500), (5, 21, 11, 13), (3, 130, 65)))
     return tuple(draw.pick((0, 1, 1, 2, 3, 5, 8, 17)) for _ in range(draw.randint(0, 4)))
 
 

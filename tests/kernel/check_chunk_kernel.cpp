@@ -212,12 +212,20 @@ bool check_rectangles(Dtype target_dtype, Isa isa) {
     bool has_rectangles;
   };
   const std::vector<Walk> walks = {
-      {{145, 513}, 0, true},    // rows in two parts; the last rectangle has one row more than 16
-      {{3, 700, 21}, 1, true},  // rows that touch, in several rectangles for each of the outermost dimension
-      {{3, 1000, 8}, 1, true},  {{137, 5, 130}, 0, true},  // rows that do not touch
-      {{137, 5, 40}, 0, false},                            // too short for that
-      {{500, 5, 5}, 1, false},                             // too small a rectangle
-      {{1300, 7}, 0, false},                               // too short a row
+      // Rows in two parts; the last rectangle has one row more than 16.
+      {{145, 513}, 0, true},
+      // Rows that touch, in several rectangles for each of the outermost dimension.
+      {{3, 700, 21}, 1, true},
+      {{3, 1000, 8}, 1, true},
+      // Few rows, in two parts.
+      {{4, 3, 2900}, 1, true},
+      {{4, 2, 2900}, 1, true},
+      // Rows that do not touch.
+      {{137, 5, 130}, 0, true},
+      // Too short for that; too short at all; too small a rectangle.
+      {{137, 5, 40}, 0, false},
+      {{1300, 7}, 0, false},
+      {{500, 5, 5}, 1, false},
   };
   bool good = true;
   for (const Walk& walk : walks) {

@@ -7,6 +7,7 @@ from typing import Any
 import torch  # TorchScript reads the annotations of modules, so they are no strings here: no `from __future__ import annotations`
 from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]
+from torch.nn.modules.module import _has_any_global_hook
 
 from bce_ext import functional as F
 from bce_ext._call import as_tensor
@@ -383,7 +384,7 @@ def _is_product(layer: torch.nn.Module) -> bool:
     is_linear = type(layer).forward is torch.nn.Linear.forward and "forward" not in layer.__dict__
     kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     if not any(kinds):
-        return is_linear
+        return is_linear and not _has_any_global_hook()
     hooks = [hook for kind in kinds for hook in kind.values()]
     of_styles = [getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in hooks]
     if any(of_styles) and not (is_linear and all(of_styles)):
@@ -398,7 +399,8 @@ def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> N
     """Tensors are buffers. A number is none, so that ``module.half()`` does not round it: a 0-d float64 tensor, which goes with any device."""
     module._buffers.pop(name, None)
     if isinstance(value, (int, float, Real)):
-        setattr(module, name, as_tensor(value))
+        with torch.inference_mode(False):  # a tensor of that mode could not be kept for backward
+            setattr(module, name, as_tensor(value))
     else:
         module.register_buffer(name, value)
 

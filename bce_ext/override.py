@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
-from threading import RLock
+from threading import RLock, get_ident
 from types import CodeType, FunctionType
 from typing import Any, TypeGuard, cast
 
@@ -83,7 +85,7 @@ def fused() -> Iterator[None]:
         ...     torch.nn.BCEWithLogitsLoss()(torch.tensor([-20.0]), torch.tensor([0.0]))
         tensor(2.0612e-09)
     """
-    block = object()
+    block = _Block(get_ident())
     try:
         ROUTE.request(block)
         yield
@@ -93,6 +95,13 @@ def fused() -> Iterator[None]:
         except BaseException:  # KeyboardInterrupt, maybe before it began
             ROUTE.withdraw(block)
             raise
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block of :func:`fused`."""
+
+    thread: int
 
 
 class _Route:
@@ -106,9 +115,18 @@ class _Route:
         self.probabilities = _Routed(functional.PROBABILITIES, _probabilities)
         # The compiler is told first and untold last, so that it never takes a routed function for a node that it knows by name.
         self.switches = (_Inlined(self.with_logits, self.probabilities), self.with_logits, self.probabilities)
-        self.requests: set[object] = set()  # ENABLE, and one of each fused() block
+        self.requests: set[object] = set()  # ENABLE, and a _Block for each of fused()
         self.on = False
         self.lock = RLock()  # a signal handler or a finalizer of this thread may interrupt it with a request of its own
+
+    def after_fork(self) -> None:
+        """The new process has this thread only: a lock that another one held would stay locked, and the blocks of the others never end."""
+        was_interrupted = not self.lock.acquire(blocking=False)
+        self.lock = RLock()
+        self.requests = {by for by in self.requests if not isinstance(by, _Block) or by.thread == get_ident()}
+        if was_interrupted:
+            self.switch(bool(self.requests))
+        self.follow_requests()
 
     def request(self, by: object) -> None:
         with self.lock:
@@ -245,3 +263,4 @@ def _probabilities(input: Any, target: Any, weight: Any, size_average: Any, redu
 
 
 ROUTE: _Route = getattr(F, _Route.KEY, None) or _Route()
+os.register_at_fork(after_in_child=ROUTE.after_fork)

@@ -71,20 +71,22 @@ struct Numbers {
   }
 };
 
-// The gradients: by the kernel, or, where they are to be differentiated in turn, through the composite formula. The
-// arguments have been checked.
+}  // namespace
+
 std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& given_grad_output,
                                                    c10::SymInt divisor, std::array<bool, 2> output_mask) {
   const Tensor grad_output = strided_grad_output(given_grad_output);
   check_grad_output(grad_output, arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
   const bool is_stored_only = output_mask[1] && !is_arithmetic(arguments.target.scalar_type());  // an 8-bit float
-  if (differentiable || is_stored_only || has_tangent(grad_output) || needs_composite(arguments)) {
+  if (differentiable || is_stored_only || has_tangent(grad_output) || is_recorded() || needs_composite(arguments)) {
     return composite_backward(arguments, grad_output, divisor, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_backward(arguments, grad_output, std::move(divisor), output_mask);
 }
+
+namespace {
 
 // The loss and the gradient of a reduction, for which stores_gradient.
 std::tuple<Tensor, Tensor> loss_and_grad(const Arguments& given, int64_t reduction, at::ScalarType dtype) {
@@ -114,6 +116,7 @@ struct BCEFunction {
     }
     ctx->saved_data[kNumbers] = Numbers{arguments.formula, reduction, dtype}.pack();
     if (!arguments.options.empty()) ctx->saved_data[kOptions] = arguments.options.vec();
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({arguments.input, arguments.target, arguments.weight.value_or(Tensor()),
                             arguments.pos_weight.value_or(Tensor()), arguments.normalizer.value_or(Tensor())});
     return loss;
@@ -122,9 +125,11 @@ struct BCEFunction {
   // The gradients with respect to input and target.
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Tensor& grad_output = grad_outputs[0];
+    if (!grad_output.defined()) return variable_list(2);
     auto& saved_data = ctx->saved_data;
     const auto stored = saved_data.find(kGradient);
-    const bool is_stored = stored != saved_data.end() && !at::GradMode::is_enabled() && !has_tangent(grad_output);
+    const bool is_stored =
+        stored != saved_data.end() && !at::GradMode::is_enabled() && !has_tangent(grad_output) && !is_recorded();
     if (is_stored && stored->second.isTensor()) {
       // Handed over once and for all: nobody else may see the tensor scaled, or scale it again. A second backward
       // through a retained graph computes it anew.

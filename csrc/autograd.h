@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "ops.h"
 
@@ -13,6 +14,12 @@ inline bool transform_is_active() {
       {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
 }
 
+// Whether operations are being recorded above autograd, by torch.jit.trace or torch.export. What was computed below,
+// such as a stored gradient, would be a constant of that record.
+inline bool is_recorded() {
+  return torch::jit::tracer::isTracing() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
+}
+
 inline bool has_tangent(const Tensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
 inline bool has_tangent(const OptionalTensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }
 inline bool requires_grad(const OptionalTensor& tensor) { return is_defined(tensor) && tensor->requires_grad(); }
@@ -20,6 +27,11 @@ inline bool requires_grad(const OptionalTensor& tensor) { return is_defined(tens
 inline OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
+
+// The gradients: by the kernel, or, where they are to be differentiated in turn or recorded, through the composite
+// formula. The arguments have been checked.
+std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, const Tensor& given_grad_output,
+                                                   c10::SymInt divisor, std::array<bool, 2> output_mask);
 
 // A stored gradient, as backward hands it over.
 Tensor scaled(Tensor grad, const Tensor& grad_output);

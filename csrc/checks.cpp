@@ -27,6 +27,11 @@ bool is_plain(const Tensor& tensor) {
 
 bool is_hard_label(at::ScalarType target_dtype) { return at::isIntegralType(target_dtype, /*includeBool=*/true); }
 
+bool is_rounded_label(double number, at::ScalarType target_dtype) {
+  constexpr double kFirstGap = 1 << 24;
+  return is_hard_label(target_dtype) && std::abs(number) >= kFirstGap;
+}
+
 bool is_arithmetic(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
@@ -171,14 +176,20 @@ void check_storage(const Tensor& tensor, const char* name) {
               storage.nbytes());
 }
 
-void refuse_element(Formula formula, const std::optional<double>& ignore_index, bool is_target, double value) {
+void refuse_element(Formula formula, const std::optional<double>& ignored, bool is_target, double number) {
+  // All places of an integer, which may differ from ignore_index in the last one.
+  const auto text = [](double value) {
+    const bool is_integer = value == std::trunc(value) && std::abs(value) < 0x1p63;
+    return is_integer ? std::to_string(static_cast<int64_t>(value)) : c10::str(value);
+  };
+  const std::string value = text(number);
   if (formula == Formula::Probabilities) {
     TORCH_CHECK(false, name_of(formula), ": all elements of ", is_target ? "target" : "input",
                 " should be between 0 and 1, but one is ", value);
   }
-  if (ignore_index) {
+  if (ignored) {
     TORCH_CHECK(false, name_of(formula), ": expected bool and integer targets to be 0, 1 or ignore_index (",
-                *ignore_index, "), but one is ", value);
+                text(*ignored), "), but one is ", value);
   }
   TORCH_CHECK(false, name_of(formula), ": expected bool and integer targets to be 0 or 1, but one is ", value,
               "; floating targets may have any value");

@@ -15,6 +15,14 @@ Tensor limit_product(const Tensor& coefficient, const Tensor& term) {
   return coefficient * at::where((coefficient == 0).logical_and(term.isinf()), 0, term);
 }
 
+// Integers are compared as such, as far as ATen would round them to float32 first.
+Tensor equals(const Tensor& target, double number) {
+  if (is_rounded_label(number, target.scalar_type()) && std::abs(number) < 0x1p63) {
+    return target.to(at::kLong) == at::Scalar(static_cast<int64_t>(number));
+  }
+  return target == number;
+}
+
 // The operands in the dtype of the arithmetic: float64 where input, target or loss is, float32 otherwise. Ignored
 // elements get operands that are finite, so that nothing of theirs comes through, and are cleared by cleared().
 struct Operands {
@@ -28,7 +36,7 @@ struct Operands {
     if (is_defined(arguments.weight)) weight = arguments.weight->to(dtype);
     if (is_defined(arguments.pos_weight)) pos_weight = arguments.pos_weight->to(dtype);
     if (const auto ignore_index = arguments.ignore_index()) {
-      ignored = arguments.target == *ignore_index;
+      ignored = equals(arguments.target, *ignore_index);
       for (Tensor* operand : {&input, &target, &weight, &pos_weight}) {
         if (operand->defined()) *operand = at::where(ignored, 0.5, *operand);  // inside of every domain
       }
@@ -56,7 +64,7 @@ Tensor log1p_exp(const Tensor& x) { return -at::log_sigmoid(-x); }
 // (1-y) * softplus(x) + p*y * softplus(-x).
 Tensor cross_entropy(const Operands& operands) {
   const Tensor& x = operands.input;
-  return limit_product(1 - operands.target, log1p_exp(x)) + limit_product(operands.positive(), log1p_exp(-x));
+  return limit_product(at::rsub(operands.target, 1), log1p_exp(x)) + limit_product(operands.positive(), log1p_exp(-x));
 }
 
 // Stands for log(0) where it is multiplied by an exponent that may be 0.
@@ -71,12 +79,12 @@ Tensor focus(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& lo
   // Of a smaller part of the other class, derivatives by the target take this one, so that no second one overflows.
   const double smallest = y.scalar_type() == at::kDouble ? 1e-150 : 1e-17;
   const Tensor is_0 = y == 0, is_1 = y == 1;
-  const Tensor share_at_0 = at::where(is_0, y, 0), share_at_1 = at::where(is_1, 1 - y, 0);
+  const Tensor share_at_0 = at::where(is_0, y, 0), share_at_1 = at::where(is_1, at::rsub(y, 1), 0);
   const Tensor log_at_0 = log_a + at::log1p(share_at_0 * (b / a.clamp_min(smallest) - 1));
   const Tensor log_at_1 = log_b + at::log1p(share_at_1 * (a / b.clamp_min(smallest) - 1));
   const Tensor of_hard = at::exp(gamma * at::where(is_0, log_at_0, log_at_1));
   const Tensor is_hard = is_0.logical_or(is_1);
-  return at::where(is_hard, of_hard, at::pow(at::where(is_hard, 1, (1 - y) * a + y * b), gamma));
+  return at::where(is_hard, of_hard, at::pow(at::where(is_hard, 1, at::rsub(y, 1) * a + y * b), gamma));
 }
 
 // The focal loss of formulas/focal.h.
@@ -89,7 +97,7 @@ Tensor focal(const Arguments& arguments, const Operands& operands) {
   const Tensor finite = at::where(x.isinf(), x.detach(), x);
   const Tensor focused = focus(y, finite.sigmoid(), (-finite).sigmoid(), bounded(at::log_sigmoid(finite)),
                                bounded(at::log_sigmoid(-finite)), gamma);
-  const Tensor factor = alpha < 0 ? focused : (alpha * y + (1 - alpha) * (1 - y)) * focused;
+  const Tensor factor = alpha < 0 ? focused : (alpha * y + (1 - alpha) * at::rsub(y, 1)) * focused;
   return limit_product(factor, cross_entropy(operands));
 }
 
@@ -108,8 +116,8 @@ Tensor asymmetric(const Arguments& arguments, const Operands& operands) {
   const Tensor by_rest = at::log1p(-at::where(is_near_1, rest, 0));
   const Tensor by_other = at::log(at::where(is_near_1.logical_or(is_bounded), 1, other));
   const Tensor log_other = at::where(is_bounded, std::log(eps), at::where(is_near_1, by_rest, by_other));
-  const Tensor entropy = -(operands.positive() * log_positive + (1 - y) * log_other);
-  const Tensor gamma = gamma_pos * y + gamma_neg * (1 - y);
+  const Tensor entropy = -(operands.positive() * log_positive + at::rsub(y, 1) * log_other);
+  const Tensor gamma = gamma_pos * y + gamma_neg * at::rsub(y, 1);
   const Tensor log_rest =
       clip > 0 ? at::log(at::where(rest > 0, rest, 1)).masked_fill(rest <= 0, kLogOf0) : bounded(at::log_sigmoid(x));
   const Tensor focused = focus(y, rest, negative, log_rest, bounded(at::log_sigmoid(-x)), gamma);
@@ -146,12 +154,12 @@ void check_labels(const Arguments& arguments) {
         {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
     if (!target.key_set().has_any(transformed)) return;
     const auto ignore_index = arguments.ignore_index();
-    const Tensor labels = ignore_index ? at::where(target == *ignore_index, 0, target) : target;
+    const Tensor labels = ignore_index ? at::where(equals(target, *ignore_index), 0, target) : target;
     at::embedding(at::zeros({2, 1}, target.options().dtype(at::kBool)), labels.to(at::kLong));
     return;
   }
   Tensor is_valid = (target == 0).logical_or(target == 1);
-  if (const auto ignore_index = arguments.ignore_index()) is_valid = is_valid.logical_or(target == *ignore_index);
+  if (const auto ignore_index = arguments.ignore_index()) is_valid = is_valid.logical_or(equals(target, *ignore_index));
   if (target.is_cpu()) {
     if (is_valid.all().item<bool>()) return;
     const Tensor first = at::masked_select(target, is_valid.logical_not())[0];
@@ -162,8 +170,11 @@ void check_labels(const Arguments& arguments) {
 }
 
 Tensor divided(const Tensor& value, const Arguments& arguments, const c10::SymInt& divisor) {
-  Tensor result = value / at::scalar_tensor(divisor, value.options());
-  return is_defined(arguments.normalizer) ? result / arguments.normalizer->to(value.scalar_type()) : result;
+  // One dimension at least: of numbers in a batch of none, vmap looks at the first to find their dtype.
+  const Tensor numbers = value.dim() == 0 ? value.unsqueeze(0) : value;
+  Tensor result = numbers / at::scalar_tensor(divisor, value.options());
+  if (is_defined(arguments.normalizer)) result = result / arguments.normalizer->to(value.scalar_type());
+  return value.dim() == 0 ? result.squeeze(0) : result;
 }
 
 // composite_backward for formulas whose gradient is no shorter than its derivation by autograd.
@@ -230,7 +241,7 @@ std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const 
   if (output_mask[0]) {
     const Tensor slope = arguments.takes_probabilities()
                              ? at::binary_cross_entropy_backward(at::ones_like(x), x, y, {}, at::Reduction::None)
-                             : (1 - y) * x.sigmoid() - operands.positive() * (-x).sigmoid();
+                             : at::rsub(y, 1) * x.sigmoid() - operands.positive() * (-x).sigmoid();
     grad_input = gradient(slope, arguments.input.scalar_type());
   }
   if (output_mask[1]) {
@@ -249,7 +260,7 @@ std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const 
 
 Tensor composite_count_valid(const Tensor& target, double ignore_index) {
   check_count(target, ignore_index);
-  return (target != ignore_index).sum(at::kDouble);
+  return equals(target, ignore_index).logical_not().sum(at::kDouble);
 }
 
 namespace {

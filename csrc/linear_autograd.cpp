@@ -52,8 +52,8 @@ variable_list differentiable_gradients(const LinearArguments& arguments, const T
                                        const LinearMask& mask) {
   const Tensor logits = logits_of(arguments);
   const Tensor target = dense_target(arguments);
-  const Tensor gradient =
-      std::get<0>(bce_backward(arguments.of_loss(logits, target), grad_output, std::move(divisor), {true, false}));
+  const Tensor gradient = std::get<0>(
+      differentiable_backward(arguments.of_loss(logits, target), grad_output, std::move(divisor), {true, false}));
   if (!arguments.has_layer()) return {mask[kInput] ? gradient : Tensor(), Tensor(), Tensor()};
   return {mask[kInput] ? at::mm(gradient, *arguments.linear_weight) : Tensor(),
           mask[kWeight] ? at::mm(gradient.t(), arguments.input) : Tensor(), mask[kBias] ? gradient.sum(0) : Tensor()};
@@ -88,6 +88,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     ctx->saved_data["options"] = options;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["dtype"] = static_cast<int64_t>(dtype);
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({input, linear_weight.value_or(Tensor()), linear_bias.value_or(Tensor()), target,
                             indices.value_or(Tensor()), weight.value_or(Tensor()), pos_weight.value_or(Tensor()),
                             normalizer.value_or(Tensor())});
@@ -96,6 +97,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const LinearMask mask{ctx->needs_input_grad(kInput), ctx->needs_input_grad(kWeight), ctx->needs_input_grad(kBias)};
+    if (!grad_outputs[0].defined()) return variable_list(kArguments);
     variable_list gradients = gradients_of_layer(ctx, grad_outputs[0], mask);
     gradients.resize(kArguments);
     return gradients;
@@ -106,7 +108,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
                                           const LinearMask& mask) {
     auto& saved_data = ctx->saved_data;
     const Tensor grad_output = strided_grad_output(given_grad_output);
-    const bool is_differentiated = at::GradMode::is_enabled() || has_tangent(grad_output);
+    const bool is_differentiated = at::GradMode::is_enabled() || has_tangent(grad_output) || is_recorded();
     // Handed over once and for all: nobody else may see the tensors scaled, or scale them again. A second backward
     // through a retained graph computes them anew. And a graph that is freed has no answer left.
     variable_list stored(3);

@@ -96,7 +96,12 @@ class BlockwiseLoss {
     for (int64_t label = 0; label < blocks_.num_labels; label += blocks_.block_labels) {
       run_labels(label, std::min(blocks_.block_labels, blocks_.num_labels - label));
     }
-    if (factor_.defined()) total_ *= factor_;
+    if (factor_.defined()) {
+      total_ *= factor_;
+    } else if (blocks_.num_rows == 0 || blocks_.num_labels == 0) {
+      total_ /= static_cast<double>(divisor_);  // a mean of nothing is NaN, and there was no block to say so
+      if (is_defined(normalizer_)) total_ /= *normalizer_;
+    }
     return {total_.to(dtype), scaled(grad_input_).to(arguments_.input.scalar_type()), std::move(grad_weight_),
             std::move(grad_bias_)};
   }

@@ -69,6 +69,9 @@ bool is_plain(const Tensor& tensor);
 // Whether a label of this dtype must be 0 or 1: that of a bool or an integer.
 bool is_hard_label(at::ScalarType target_dtype);
 
+// Whether float32 may hold another number than an integer target of this dtype does.
+bool is_rounded_label(double number, at::ScalarType target_dtype);
+
 // The floating types that PyTorch computes in, and the kernels write. The 8-bit ones are for storage.
 bool is_arithmetic(at::ScalarType type);
 
@@ -84,8 +87,7 @@ void check_grad_output(const Tensor& grad_output, const Arguments& arguments);
 // A strided grad_output: a sparse COO one made dense, after a look at its indices, which to_dense would believe.
 Tensor strided_grad_output(const Tensor& grad_output);
 // Raises for an element of the input or the target that is outside of what the loss takes.
-[[noreturn]] void refuse_element(Formula formula, const std::optional<double>& ignore_index, bool is_target,
-                                 double value);
+[[noreturn]] void refuse_element(Formula formula, const std::optional<double>& ignored, bool is_target, double number);
 // That the memory which sizes and strides describe is there. A storage can be freed or cut under a tensor.
 void check_storage(const Tensor& tensor, const char* name);
 

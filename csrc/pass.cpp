@@ -105,7 +105,8 @@ Pass::Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, co
   problem.divisor = static_cast<double>(divisor);
   problem.numel = input_.numel();
   problem.compute_in_double =
-      dtype == at::kDouble || input_.scalar_type() == at::kDouble || arguments.target.scalar_type() == at::kDouble;
+      dtype == at::kDouble || input_.scalar_type() == at::kDouble || arguments.target.scalar_type() == at::kDouble ||
+      (problem.ignores && is_rounded_label(problem.ignore_index, arguments.target.scalar_type()));
   const auto strides = input_.strides();
   if (input_.is_non_overlapping_and_dense()) {
     strides_.assign(strides.begin(), strides.end());

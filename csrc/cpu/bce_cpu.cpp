@@ -192,7 +192,7 @@ struct Cpu {
       return composite_count_valid(target, ignore_index);
     }
     Problem problem;
-    problem.compute_in_double = dtype == at::kDouble;
+    problem.compute_in_double = dtype == at::kDouble || is_rounded_label(ignore_index, dtype);
     problem.ignore_index = as_label(ignore_index, dtype);
     problem.numel = target.numel();
     problem.target = flat_operand(target);

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include "composite.h"
@@ -79,8 +80,16 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   check_grad_output(grad_output, arguments);
   const bool differentiable = needs_graph(arguments) || (at::GradMode::is_enabled() && grad_output.requires_grad());
   const bool is_stored_only = output_mask[1] && !is_arithmetic(arguments.target.scalar_type());  // an 8-bit float
-  if (differentiable || is_stored_only || has_tangent(grad_output) || is_recorded() || needs_composite(arguments)) {
+  if (differentiable || is_stored_only || has_tangent(grad_output) || needs_composite(arguments)) {
     return composite_backward(arguments, grad_output, divisor, output_mask);
+  }
+  if (is_recorded()) {
+    // A gradient that is derived by autograd is made of tensors that the record does not know. torch.jit.trace, in
+    // turn, does not know lists of bools.
+    const bool is_derived = arguments.kind() == Formula::Focal || arguments.kind() == Formula::Asymmetric;
+    return is_derived && !torch::jit::tracer::isTracing()
+               ? bce_backward(arguments, grad_output, std::move(divisor), output_mask)
+               : composite_backward(arguments, grad_output, divisor, output_mask);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_backward(arguments, grad_output, std::move(divisor), output_mask);

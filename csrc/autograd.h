@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "ops.h"
 
@@ -12,12 +11,6 @@ inline bool transform_is_active() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has_any(c10::DispatchKeySet(
       {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
-
-// Whether operations are being recorded above autograd, by torch.jit.trace or torch.export. What was computed below,
-// such as a stored gradient, would be a constant of that record.
-inline bool is_recorded() {
-  return torch::jit::tracer::isTracing() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
 }
 
 inline bool has_tangent(const Tensor& tensor) { return torch::autograd::isFwGradDefined(tensor); }

@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/irange.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <cmath>
 
@@ -22,7 +23,11 @@ bool holds_memory(const Tensor& tensor) {
 }  // namespace
 
 bool is_plain(const Tensor& tensor) {
-  return holds_memory(tensor) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return holds_memory(tensor) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_recorded();
+}
+
+bool is_recorded() {
+  return torch::jit::tracer::isTracing() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
 }
 
 bool is_hard_label(at::ScalarType target_dtype) { return at::isIntegralType(target_dtype, /*includeBool=*/true); }

@@ -162,7 +162,7 @@ void check_labels(const Arguments& arguments) {
   if (const auto ignore_index = arguments.ignore_index()) is_valid = is_valid.logical_or(equals(target, *ignore_index));
   if (target.is_cpu()) {
     if (is_valid.all().item<bool>()) return;
-    const Tensor first = at::masked_select(target, is_valid.logical_not())[0];
+    const Tensor first = at::masked_select(target.to(at::kDouble), is_valid.logical_not())[0];
     refuse_element(arguments.kind(), arguments.ignore_index(), /*is_target=*/true, first.item<double>());
   } else {
     at::_assert_async(is_valid.all(), "expected bool and integer targets to be 0 or 1");

@@ -62,6 +62,10 @@ struct Flat<function> {
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
+// Whether operations are being recorded above autograd, by torch.jit.trace or torch.export. What was computed below,
+// such as a stored gradient, would be a constant of that record.
+bool is_recorded();
+
 // Whether the tensor is memory and nothing else: no subclass, no tracer, no transform that would want to see every
 // operation on it.
 bool is_plain(const Tensor& tensor);

@@ -10,6 +10,8 @@ from reference import REDUCTIONS, make_logits, make_probabilities, make_targets,
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import bce_ext
+
 SHAPE = (2, 1, 3)  # numerical derivatives are taken element by element: few will do
 
 # Shapes of weight and pos_weight beside an input of SHAPE.
@@ -259,3 +261,43 @@ def test_a_scaler_of_65536_under_autocast(reduction: str, device: str) -> None:
     expected = reduced(reference.with_logits(input, target), reduction, scale).grad_input
     assert gradient.dtype == torch.float16
     assert ulp_error(gradient, expected).max() <= 1
+
+
+class Stop(torch.autograd.Function):
+    """Says that nothing depends on its argument, by no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad_output: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@parametrize_losses
+def test_no_gradient_comes_of_none(loss_function: Loss, reduction: str, device: str) -> None:
+    # Zeros would become NaN here, and would move a parameter under weight decay.
+    input = torch.full((5,), torch.nan, device=device, requires_grad=True)
+    target = torch.ones(5, device=device, requires_grad=True)
+    for leaves in ((input,), (target,), (input, target)):
+        loss = Stop.apply(loss_function(input, target, reduction=reduction))
+        assert torch.autograd.grad(loss.sum(), leaves, allow_unused=True) == (None,) * len(leaves)
+
+
+def test_no_gradient_comes_of_none_beside_a_linear_layer(device: str) -> None:
+    for labels in (3, 2**22):  # all logits, and blocks of them
+        rows = torch.full((2, 2), torch.nan, device=device, requires_grad=True)
+        weight = torch.zeros(labels, 2, device=device, requires_grad=True)
+        target = torch.zeros(2, dtype=torch.int64, device=device)
+        loss = Stop.apply(bce_ext.functional.linear_binary_cross_entropy_with_logits(rows, weight, target))
+        assert torch.autograd.grad(loss, (rows, weight), allow_unused=True) == (None, None)
+
+
+def test_numbers_of_a_module_belong_to_no_mode() -> None:
+    with torch.inference_mode():
+        criterion = bce_ext.BCEWithLogitsLoss(pos_weight=2.0, weight=0.5, normalizer=3.0)
+    input = torch.zeros(3, requires_grad=True)
+    criterion(input, torch.ones(3)).backward()
+    torch.testing.assert_close(input.grad, torch.full((3,), -0.5 * 0.5 * 2 / 3))

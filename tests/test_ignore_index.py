@@ -219,3 +219,29 @@ def test_vmap_counts_each_example_by_itself(reduction: str, device: str) -> None
         batched = torch.func.vmap(lambda x, y: loss(x, y, **options))(input, target)  # noqa: B023
         each = torch.stack([loss(x, y, **options) for x, y in zip(input, target, strict=True)])
         torch.testing.assert_close(batched, each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("target_dtype", [torch.int32, torch.int64, torch.uint32, torch.uint64], ids=str)
+@pytest.mark.parametrize("index", [2**24, 2**31 - 2])
+@every_formula
+def test_integers_are_not_rounded(
+    loss: Member, index: int, target_dtype: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    # float32 has the same number for all of these.
+    input = loss.make_input((40,), dtype, device)
+    labels = (torch.arange(40) % 2).tolist()
+    good = torch.tensor([*labels[:-1], index], dtype=target_dtype, device=device)
+    weight = torch.ones(40, dtype=dtype, device=device, requires_grad=True)
+    expected = loss(input[:-1], good[:-1].to(dtype))
+    torch.testing.assert_close(loss(input, good, ignore_index=index), expected)
+    torch.testing.assert_close(loss(input, good, weight=weight, ignore_index=index), expected)
+    assert torch.ops.bce_ext._count_valid(good, index).item() == 39
+    batched = torch.func.vmap(lambda x, y: loss(x, y, ignore_index=index))(input[None], good[None])
+    torch.testing.assert_close(batched[0], expected)
+    if device != "cpu":
+        return  # a device-side assertion ends the process
+    bad = torch.tensor([*labels[:-2], index, index + 1], dtype=target_dtype)
+    for options in ({}, {"weight": weight}):
+        with pytest.raises(RuntimeError, match=f"but one is {index + 1}"):
+            loss(input, bad, ignore_index=index, **options)

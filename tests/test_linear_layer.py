@@ -142,3 +142,39 @@ def test_no_labels_at_all(change: str, reduction: str) -> None:
         with mode:
             torch.testing.assert_close(loss(input, target), expected, equal_nan=True)
     torch.testing.assert_close(torch.vmap(lambda x, y: loss(x[None], y[None]))(input, target).shape[0], 2)
+
+
+def test_hooks_of_all_modules_are_in_the_loss() -> None:
+    case = make_case(ROWS, FEATURES, LABELS)
+    loss = bce_ext.LinearBCEWithLogitsLoss(FEATURES, LABELS, dtype=torch.float64)
+    is_layer = lambda module: isinstance(module, torch.nn.Linear)  # noqa: E731
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: 2 * output if is_layer(module) else None
+    )
+    try:
+        value = loss(case.input, case.target)
+    finally:
+        hook.remove()
+    logits = 2 * loss.linear(case.input)
+    torch.testing.assert_close(value, torch.nn.functional.binary_cross_entropy_with_logits(logits, case.dense))
+
+
+# A weight of 32 MiB, of which there are blocks of labels; and a small one.
+@pytest.mark.parametrize("labels", [LABELS, 2**17])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"normalizer": 0.0}, {"normalizer": 2.0}], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "class indices"])
+def test_no_rows_at_all(kind: str, options: dict[str, float], dtype: torch.dtype, labels: int) -> None:
+    features = 2**23 // labels * 2 // dtype.itemsize if labels > LABELS else FEATURES
+    input, weight = torch.zeros(0, features, dtype=dtype), torch.zeros(labels, features, dtype=dtype)
+    target = torch.zeros(0, dtype=torch.int64) if kind == "class indices" else torch.zeros(0, labels)
+    for requires_grad in (False, True):
+        weight.requires_grad_(requires_grad)
+        loss = bce_ext.functional.linear_binary_cross_entropy_with_logits
+        mean = loss(input, weight, target, **options)
+        assert mean.item() == 0.0 if options == {"normalizer": 2.0} else mean.isnan()
+        assert "normalizer" in options or loss(input, weight, target, reduction="sum", **options).item() == 0.0
+        if requires_grad:
+            mean.backward()
+            assert weight.grad is not None
+            assert not weight.grad.any()

@@ -10,8 +10,10 @@ import importlib
 import inspect
 import io
 import itertools
+import os
 import pickle
 import shutil
+import signal
 import sys
 import threading
 import unittest.mock
@@ -592,3 +594,33 @@ def test_sparse_targets_are_taken_as_by_our_own_function(layout: torch.layout) -
     expected = bce_ext.functional.binary_cross_entropy_with_logits(logits, target)
     with bce_ext.fused():
         assert torch.equal(F.binary_cross_entropy_with_logits(logits, target.to_sparse(layout=layout)), expected)
+
+
+def test_a_process_that_is_forked_has_the_blocks_of_its_thread() -> None:
+    """Another thread may hold the lock at that time, and be anywhere in a block of its own."""
+    ended = threading.Event()
+
+    def enter_and_leave() -> None:
+        while not ended.is_set():
+            with bce_ext.fused():
+                pass
+
+    other = threading.Thread(target=enter_and_leave)
+    other.start()
+    statuses = []
+    try:
+        for attempt in range(30):
+            with bce_ext.fused() if attempt % 2 else contextlib.nullcontext():
+                process = os.fork()
+                if process == 0:
+                    signal.alarm(60)  # ends it where it waits for the lock
+                    routes = [is_ours()]
+                    with bce_ext.fused():
+                        routes.append(is_ours())
+                    routes.append(is_ours())
+                    os._exit(0 if routes == [bool(attempt % 2), True, bool(attempt % 2)] else 1)
+            statuses.append(os.waitpid(process, 0)[1])
+    finally:
+        ended.set()
+        other.join()
+    assert statuses == [0] * 30

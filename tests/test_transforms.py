@@ -256,3 +256,13 @@ def test_transforms_are_as_exact_as_the_kernel(dtype: torch.dtype, transform: st
         torch.testing.assert_close(
             actual.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
         )
+
+
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad], ids=["loss", "gradient"])
+def test_a_batch_of_none(transform: Callable[..., Loss], formula: str, loss: Loss, reduction: str, device: str) -> None:
+    def scalar(input: Tensor) -> Tensor:
+        return loss(input, torch.ones_like(input), reduction=reduction).sum()
+
+    input = torch.full((0, 3), 0.5, device=device)
+    assert torch.func.vmap(transform(scalar))(input).shape == torch.func.vmap(transform(torch.sum))(input).shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +125,11 @@ class _Route:
         was_interrupted = not self.lock.acquire(blocking=False)
         self.lock = RLock()
         self.requests = {by for by in self.requests if not isinstance(by, _Block) or by.thread == get_ident()}
-        if was_interrupted:
+        if was_interrupted and not self.on and _is_being_imported("torch._dynamo"):
+            # By the first request of all, which is gone. The import cannot be waited for: its thread is gone, too.
+            self.requests.clear()
+            self.mark(False)
+        elif was_interrupted:
             self.switch(bool(self.requests))
         self.follow_requests()
 
@@ -163,6 +168,10 @@ class _Route:
             setattr(F, self.KEY, self)
         else:
             vars(F).pop(self.KEY, None)
+
+
+def _is_being_imported(name: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
 
 
 class _Routed:

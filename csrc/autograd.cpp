@@ -65,10 +65,13 @@ struct Numbers {
   int64_t formula;
   int64_t reduction;
   at::ScalarType dtype;
+  bool counted;  // whether the normalizer is the number of elements that are not ignored
 
-  int64_t pack() const { return (formula << 16) | (static_cast<int64_t>(dtype) << 2) | reduction; }
+  int64_t pack() const {
+    return (formula << 16) | (static_cast<int64_t>(counted) << 15) | (static_cast<int64_t>(dtype) << 2) | reduction;
+  }
   static Numbers unpack(int64_t packed) {
-    return {packed >> 16, packed & 3, static_cast<at::ScalarType>((packed >> 2) & 0x3fff)};
+    return {packed >> 16, packed & 3, static_cast<at::ScalarType>((packed >> 2) & 0x1fff), ((packed >> 15) & 1) != 0};
   }
 };
 
@@ -123,9 +126,9 @@ struct BCEFunction {
     } else {
       loss = loss_without_grad(arguments, reduction, dtype);
     }
-    ctx->saved_data[kNumbers] = Numbers{arguments.formula, reduction, dtype}.pack();
+    const bool counted = is_defined(normalizer) && !is_defined(given.normalizer);
+    ctx->saved_data[kNumbers] = Numbers{arguments.formula, reduction, dtype, counted}.pack();
     if (!arguments.options.empty()) ctx->saved_data[kOptions] = arguments.options.vec();
-    ctx->set_materialize_grads(false);
     ctx->save_for_backward({arguments.input, arguments.target, arguments.weight.value_or(Tensor()),
                             arguments.pos_weight.value_or(Tensor()), arguments.normalizer.value_or(Tensor())});
     return loss;
@@ -134,7 +137,6 @@ struct BCEFunction {
   // The gradients with respect to input and target.
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Tensor& grad_output = grad_outputs[0];
-    if (!grad_output.defined()) return variable_list(2);
     auto& saved_data = ctx->saved_data;
     const auto stored = saved_data.find(kGradient);
     const bool is_stored =
@@ -148,9 +150,10 @@ struct BCEFunction {
     }
     if (stored != saved_data.end()) stored->second = c10::IValue();  // a graph that is freed has no answer left
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]),
-                         saved_normalizer = optional(saved[4]);
     const auto numbers = Numbers::unpack(saved_data[kNumbers].toInt());
+    // A record of this does not know the count.
+    const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]),
+                         saved_normalizer = numbers.counted && is_recorded() ? std::nullopt : optional(saved[4]);
     const auto saved_options = saved_data.find(kOptions);
     const auto options =
         saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
@@ -176,6 +179,11 @@ struct BCEFunction {
 // that require grad never come here.
 struct BCENode : torch::autograd::CppNode<BCEFunction> {
   std::string name() const override { return "BCEBackward"; }
+
+  // Where no gradient comes in, none goes out. CppNode makes zeros of it, which a NaN logit makes a NaN.
+  variable_list apply(variable_list&& grad_outputs) override {
+    return grad_outputs[0].defined() ? CppNode::apply(std::move(grad_outputs)) : variable_list(2);
+  }
 };
 
 template <typename T>

@@ -17,7 +17,8 @@ Tensor limit_product(const Tensor& coefficient, const Tensor& term) {
 
 // Integers are compared as such, as far as ATen would round them to float32 first.
 Tensor equals(const Tensor& target, double number) {
-  if (is_rounded_label(number, target.scalar_type()) && std::abs(number) < 0x1p63) {
+  const bool may_equal = number >= 0.0 || target.scalar_type() != at::kUInt64;
+  if (may_equal && is_rounded_label(number, target.scalar_type()) && std::abs(number) < 0x1p63) {
     return target.to(at::kLong) == at::Scalar(static_cast<int64_t>(number));
   }
   return target == number;
@@ -173,7 +174,7 @@ Tensor divided(const Tensor& value, const Arguments& arguments, const c10::SymIn
   // One dimension at least: of numbers in a batch of none, vmap looks at the first to find their dtype.
   const Tensor numbers = value.dim() == 0 ? value.unsqueeze(0) : value;
   Tensor result = numbers / at::scalar_tensor(divisor, value.options());
-  if (is_defined(arguments.normalizer)) result = result / arguments.normalizer->to(value.scalar_type());
+  if (is_defined(arguments.normalizer)) result = result / arguments.normalizer->unsqueeze(0).to(value.scalar_type());
   return value.dim() == 0 ? result.squeeze(0) : result;
 }
 

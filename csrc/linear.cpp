@@ -112,7 +112,7 @@ SparseTarget split_target(const Tensor& target, const Tensor& input, const c10::
     return {target.reshape_symint({num_rows_of(input), num_labels}), Tensor()};
   }
   check_class_indices(target, num_labels);
-  return {target.reshape({-1}), Tensor()};
+  return {target.dim() == 1 ? target : target.reshape({-1}), Tensor()};
 }
 
 // Weights broadcast to the logits. With the rows in one dimension, those that have a value for each row are reshaped

@@ -66,15 +66,15 @@ variable_list wanted(const LossAndGrads& results, const LinearMask& mask) {
 
 struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
-  static constexpr int kArguments = 11;       // of forward
+  static constexpr int kArguments = 12;       // of forward
   // Each by itself, as compiled autograd traces tensors, but no lists of them.
   static constexpr std::array kStored = {"grad_input", "grad_weight", "grad_bias"};
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& linear_weight,
                         const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& indices,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                        const OptionalTensor& normalizer, const std::vector<double>& options, int64_t reduction,
-                        at::ScalarType dtype) {
+                        const OptionalTensor& normalizer, bool counted, const std::vector<double>& options,
+                        int64_t reduction, at::ScalarType dtype) {
     const LinearArguments arguments{input,  linear_weight, linear_bias, target, indices,
                                     weight, pos_weight,    normalizer,  options};
     const LinearMask mask = stores_gradients(arguments) ? wanted_gradients(arguments) : LinearMask{};
@@ -85,6 +85,7 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     for (int i = 0; i < 3; ++i) {
       if (mask[i]) ctx->saved_data[kStored[i]] = gradients[i];
     }
+    ctx->saved_data["counted"] = counted;
     ctx->saved_data["options"] = options;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["dtype"] = static_cast<int64_t>(dtype);
@@ -124,13 +125,18 @@ struct LinearBCEFunction : torch::autograd::Function<LinearBCEFunction> {
     }
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor linear_weight = optional(saved[1]), linear_bias = optional(saved[2]),
-                         indices = optional(saved[4]), weight = optional(saved[5]), pos_weight = optional(saved[6]),
-                         normalizer = optional(saved[7]);
+                         indices = optional(saved[4]), weight = optional(saved[5]), pos_weight = optional(saved[6]);
+    // A record of this does not know the count.
+    const bool counts_again = saved_data["counted"].toBool() && is_recorded();
+    const OptionalTensor saved_normalizer = counts_again ? std::nullopt : optional(saved[7]);
     const auto options = saved_data["options"].toDoubleVector();
-    const LinearArguments arguments{saved[0], linear_weight, linear_bias, saved[3], indices,
-                                    weight,   pos_weight,    normalizer,  options};
-    check_logits_and_target(arguments);  // memory that was there in the forward pass may be gone
-    const c10::SymInt divisor = divisor_of(arguments, saved_data["reduction"].toInt());
+    const LinearArguments kept{saved[0], linear_weight, linear_bias,      saved[3], indices,
+                               weight,   pos_weight,    saved_normalizer, options};
+    check_logits_and_target(kept);  // memory that was there in the forward pass may be gone
+    const int64_t reduction = saved_data["reduction"].toInt();
+    const OptionalTensor normalizer = counts_again ? normalizer_of(kept, reduction) : saved_normalizer;
+    const LinearArguments arguments = kept.with_normalizer(normalizer);
+    const c10::SymInt divisor = divisor_of(arguments, reduction);
     const auto dtype = static_cast<at::ScalarType>(saved_data["dtype"].toInt());
     if (is_differentiated || transform_is_active() || !grad_output.sym_sizes().empty() ||
         (!is_plain(grad_output) && !stores_gradients(arguments))) {
@@ -167,6 +173,7 @@ Tensor linear_autograd(const LinearArguments& given, int64_t reduction, std::opt
   }
   return LinearBCEFunction::apply(arguments.input, arguments.linear_weight, arguments.linear_bias, arguments.target,
                                   arguments.indices, arguments.weight, arguments.pos_weight, normalizer,
+                                  /*counted=*/!is_defined(given.normalizer) && is_defined(normalizer),
                                   arguments.options.vec(), reduction, dtype);
 }
 

@@ -245,3 +245,16 @@ def test_integers_are_not_rounded(
     for options in ({}, {"weight": weight}):
         with pytest.raises(RuntimeError, match=f"but one is {index + 1}"):
             loss(input, bad, ignore_index=index, **options)
+
+
+def test_a_batch_of_none_beside_a_divisor_of_each_example(device: str) -> None:
+    loss = EVERY_FORMULA[0]
+    input = torch.full((0, 3), 0.5, device=device)
+
+    def ignoring(input: Tensor) -> Tensor:
+        return loss(input, torch.ones_like(input), ignore_index=-100)
+
+    assert torch.func.vmap(ignoring)(input).shape == (0,)
+    assert torch.func.vmap(torch.func.grad(ignoring))(input).shape == (0, 3)
+    divided = torch.func.vmap(lambda x, n: loss(x, torch.ones_like(x), normalizer=n))
+    assert divided(input, torch.ones(0, device=device)).shape == (0,)

@@ -24,12 +24,16 @@ def linear(rows: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     )
 
 
-def linear_in_blocks(rows: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    # 2**21 labels of 4 bytes and 3 features: 24 MiB, and 5 * 2**21 logits.
-    weight = torch.linspace(-1, 1, 3, dtype=rows.dtype).expand(2**21, 3)
-    return bce_ext.functional.linear_binary_cross_entropy_with_logits(
-        rows, weight, target[:, 0].long(), reduction=reduction
-    )
+def ignoring(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Another number of labels is ignored in each call."""
+    labels = (target * 3).floor()
+    return bce_ext.functional.binary_cross_entropy_with_logits(input, labels, ignore_index=2, reduction=reduction)
+
+
+def differentiating_targets(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Where the gradient is not stored."""
+    labels = (target * 3).floor().requires_grad_()
+    return bce_ext.functional.binary_cross_entropy_with_logits(input, labels, ignore_index=2, reduction=reduction)
 
 
 def routed(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -41,7 +45,7 @@ def each(losses: Iterable[Loss | Member]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("loss", losses, ids=lambda loss: getattr(loss, "name", None) or loss.__name__)
 
 
-LOSSES = (*EVERY_FORMULA, *PYTHON_WITH_LOGITS, routed)
+LOSSES = (*EVERY_FORMULA, *PYTHON_WITH_LOGITS, routed, ignoring, differentiating_targets)
 # torch.jit.trace does not know what these save for the gradient, as it does not know the results of torch.exp.
 UNKNOWN_TO_TRACE = [loss for loss in EVERY_FORMULA if loss not in CROSS_ENTROPIES]
 
@@ -54,6 +58,15 @@ def gradient_of(loss: Loss | Member, reduction: str) -> Callable[[Tensor, Tensor
         return result
 
     return gradient
+
+
+class Model(torch.nn.Module):
+    def __init__(self, gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.gradient(input, target)
 
 
 def inputs(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
@@ -104,22 +117,33 @@ def test_make_fx(tracing_mode: str, pre_dispatch: bool, reduction: str, loss: Lo
 def test_torch_export(reduction: str, loss: Loss | Member) -> None:
     gradient = gradient_of(loss, reduction)
 
-    class Model(torch.nn.Module):
-        def forward(self, input: Tensor, target: Tensor) -> Tensor:
-            return gradient(input, target)
-
-    program = torch.export.export(Model(), inputs(torch.float32, 0), strict=False)
+    program = torch.export.export(Model(gradient), inputs(torch.float32, 0), strict=False)
     check(program.module(), gradient, torch.float32)
 
 
-def test_blocks_of_the_linear_loss() -> None:
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}], ids=str)
+@pytest.mark.parametrize("record", ["jit.trace", "make_fx", "export"])
+def test_blocks_of_the_linear_loss(record: str, options: dict[str, int]) -> None:
     # In float64, as float32 loses places in sums of so many labels.
-    gradient = gradient_of(linear_in_blocks, "mean")
-    traced = torch.jit.trace(gradient, inputs(torch.float64, 0), check_trace=False)
-    check(traced, gradient, torch.float64)
+    def loss(rows: Tensor, target: Tensor, reduction: str) -> Tensor:
+        weight = torch.linspace(-1, 1, 3, dtype=rows.dtype).expand(2**21, 3)  # 48 MiB
+        labels = (target[:, 0] * 6).long() - 2  # none for some rows
+        function = bce_ext.functional.linear_binary_cross_entropy_with_logits
+        return function(rows, weight, labels, reduction=reduction, **options)
+
+    gradient = gradient_of(loss, "mean")
+    given = inputs(torch.float64, 0)
+    recorded: Callable[[Tensor, Tensor], Tensor]
+    if record == "jit.trace":
+        recorded = torch.jit.trace(gradient, given, check_trace=False)
+    elif record == "make_fx":
+        recorded = make_fx(gradient, pre_dispatch=True)(*given)
+    else:
+        recorded = torch.export.export(Model(gradient), given, strict=False).module()
+    check(recorded, gradient, torch.float64)
 
 
-@each([*LOSSES, linear])
+@each([linear, *(loss for loss in LOSSES if loss is not differentiating_targets)])
 def test_graphs_have_no_operations_in_place(loss: Loss | Member) -> None:
     """Programs of forward and backward may hold functional operations only."""
 

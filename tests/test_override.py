@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import unittest.mock
@@ -624,3 +625,34 @@ def test_a_process_that_is_forked_has_the_blocks_of_its_thread() -> None:
         ended.set()
         other.join()
     assert statuses == [0] * 30
+
+
+def test_a_process_that_is_forked_during_the_first_request_of_all() -> None:
+    """Which imports torch._dynamo: a lock that nobody gives back in the new process."""
+    program = """if True:
+        import os, signal, sys, threading, time, bce_ext
+
+        def is_being_imported():
+            spec = getattr(sys.modules.get("torch._dynamo"), "__spec__", None)
+            return getattr(spec, "_initializing", False)
+
+        request = threading.Thread(target=bce_ext.enable)
+        request.start()
+        while not is_being_imported():
+            assert request.is_alive()
+            time.sleep(0.001)
+        process = os.fork()
+        if process == 0:
+            os._exit(int(bce_ext.is_enabled()))
+        for _ in range(600):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(process, signal.SIGKILL)
+            sys.exit("the new process hangs")
+        request.join()
+        sys.exit(status or not bce_ext.is_enabled())
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)

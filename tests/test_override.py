@@ -10,10 +10,8 @@ import importlib
 import inspect
 import io
 import itertools
-import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -599,32 +597,40 @@ def test_sparse_targets_are_taken_as_by_our_own_function(layout: torch.layout) -
 
 def test_a_process_that_is_forked_has_the_blocks_of_its_thread() -> None:
     """Another thread may hold the lock at that time, and be anywhere in a block of its own."""
-    ended = threading.Event()
+    program = """if True:
+        import contextlib, os, signal, sys, threading, bce_ext
 
-    def enter_and_leave() -> None:
-        while not ended.is_set():
+        ended = threading.Event()
+
+        def enter_and_leave():
+            while not ended.is_set():
+                with bce_ext.fused():
+                    pass
+
+        def states():
+            yield bce_ext.is_enabled()
             with bce_ext.fused():
-                pass
+                yield bce_ext.is_enabled()
+            yield bce_ext.is_enabled()
 
-    other = threading.Thread(target=enter_and_leave)
-    other.start()
-    statuses = []
-    try:
+        with bce_ext.fused():  # what it imports is there
+            pass
+        other = threading.Thread(target=enter_and_leave)
+        other.start()
+        statuses = []
         for attempt in range(30):
-            with bce_ext.fused() if attempt % 2 else contextlib.nullcontext():
+            is_within = bool(attempt % 2)
+            with bce_ext.fused() if is_within else contextlib.nullcontext():
                 process = os.fork()
                 if process == 0:
                     signal.alarm(60)  # ends it where it waits for the lock
-                    routes = [is_ours()]
-                    with bce_ext.fused():
-                        routes.append(is_ours())
-                    routes.append(is_ours())
-                    os._exit(0 if routes == [bool(attempt % 2), True, bool(attempt % 2)] else 1)
+                    os._exit(list(states()) != [is_within, True, is_within])
             statuses.append(os.waitpid(process, 0)[1])
-    finally:
         ended.set()
         other.join()
-    assert statuses == [0] * 30
+        sys.exit(any(statuses) and f"{statuses}")
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_process_that_is_forked_during_the_first_request_of_all() -> None:

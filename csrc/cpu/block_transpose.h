@@ -46,7 +46,6 @@ BCE_EXT_TARGET void transpose_four(const T* const (&columns)[4], int64_t stride,
   using Numbers = typename Four<T>::Numbers;
   const Numbers a = *reinterpret_cast<const Numbers*>(columns[0]), b = *reinterpret_cast<const Numbers*>(columns[1]);
   const Numbers c = *reinterpret_cast<const Numbers*>(columns[2]), d = *reinterpret_cast<const Numbers*>(columns[3]);
-  using Numbers = typename Four<T>::Numbers;
   const Numbers ab_low = BCE_EXT_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = BCE_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
   const Numbers cd_low = BCE_EXT_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = BCE_EXT_SHUFFLE(c, d, 2, 6, 3, 7);
   *reinterpret_cast<Numbers*>(out) = BCE_EXT_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);

@@ -279,10 +279,7 @@ def test_rows_of_a_strided_target_across_chunks(reduction: str, device: str) -> 
 CROSSED = {
     "images": ((2, 70, 40, 50), channels_last),  # all rows of a rectangle follow each other
     "nine channels": ((2, 9, 60, 70), channels_last),  # a rectangle of more rows than columns
-    "five channels": (
-        (2, 5, 60, 70),
-        channels_last,
-    ),  # rows too short for rectangles; the other way round few long ones
+    "five channels": ((2, 5, 60, 70), channels_last),  # short rows; the other way round, few long ones
     "three channels": ((2, 3, 60, 70), channels_last),
     "two channels": ((2, 2, 60, 70), channels_last),
     "long rows": ((85, 1100), transposed),  # rows in three parts, the last one no multiple of a vector

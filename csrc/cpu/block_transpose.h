@@ -83,6 +83,7 @@ BCE_EXT_TARGET void transpose(const S* in, int64_t stride, int64_t columns, T* _
   }
 }
 
+// All of them, row by row.
 template <typename T, typename S>
 BCE_EXT_TARGET void read_transposed(const S* in, int64_t stride, int64_t rows, int64_t columns, T* __restrict out) {
   switch (columns) {

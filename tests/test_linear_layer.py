@@ -165,7 +165,7 @@ def test_hooks_of_all_modules_are_in_the_loss() -> None:
 @pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"normalizer": 0.0}, {"normalizer": 2.0}], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "class indices"])
 def test_no_rows_at_all(kind: str, options: dict[str, float], dtype: torch.dtype, labels: int) -> None:
-    features = 2**23 // labels * 2 // dtype.itemsize if labels > LABELS else FEATURES
+    features = 2**25 // (labels * dtype.itemsize) if labels > LABELS else FEATURES
     input, weight = torch.zeros(0, features, dtype=dtype), torch.zeros(labels, features, dtype=dtype)
     target = torch.zeros(0, dtype=torch.int64) if kind == "class indices" else torch.zeros(0, labels)
     for requires_grad in (False, True):

@@ -79,7 +79,7 @@ def measure(candidates: dict[str, Candidate], seconds: float, min_rounds: int) -
         run(1)  # compiles
         run(1)  # starts threads, fills caches
         calls[name] = min(MAX_CALLS, max(1, round(_sample_seconds() / run(1))))
-        round_seconds += run(calls[name])
+        round_seconds += run(1) + run(calls[name])
     rounds = min(MAX_ROUNDS, max(min_rounds, int(seconds / round_seconds)))
 
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -88,11 +88,11 @@ def measure(candidates: dict[str, Candidate], seconds: float, min_rounds: int) -
     gc.disable()
     try:
         for i in range(rounds):
-            first = i % len(names)  # nobody always comes after the same one
+            first = i % len(names)
             for name in names[first:] + names[:first]:
-                # Where several calls make a sample, the tensors may fit the caches, which hold those of another candidate now.
-                if calls[name] > 1:
-                    candidates[name](1)
+                # The caches hold what another candidate left, and have yet to write it back: tens of megabytes after one that writes
+                # through them, nothing after one that does not. A sample pays for its own only.
+                candidates[name](1)
                 samples[name].append(candidates[name](calls[name]) / calls[name])
     finally:
         gc.enable()

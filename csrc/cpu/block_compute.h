@@ -16,7 +16,8 @@ enum Wanted {
   kLoss = 1,
   kGradInput = 2,
   kGradTarget = 4,
-  kSum = 8,  // instead of storing losses, add their summands
+  kSum = 8,       // instead of storing losses, add their summands
+  kFetched = 16,  // leave out to fetch what comes next: done already
 };
 
 // The types in which memory holds the input, the target and the gradient of the input of a block.
@@ -27,19 +28,28 @@ struct InMemory {
   using G = Gradient;
 };
 
-// What the next block will read. Fetched while this one is computed, the input in its first loop and the rest in the
-// second: by itself the processor looks no further than to the end of a page, which is as long as a block.
+// What is read kAhead elements later. Fetched while a block is computed, the input in its first loop and the rest in
+// the second: by itself the processor looks no further than to the end of a page, which is as long as a block.
 struct Ahead {
   Stream x, y, w, p;
 };
 
+// After the block that follows has come as far as this one; where that is computed fast, memory needs longer.
+template <typename T>
+constexpr int64_t kAhead = kBlock<T> / 2;
+
+// The cache lines of a pack, which memory holds as S: as anything, where that is T.
 template <typename T, typename S = T>
 BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
   if constexpr (std::is_same_v<S, LabelCodes>) {
     __builtin_prefetch(stream.data + begin / LabelCodes::kLabels * sizeof(LabelCodes));
   } else {
     constexpr int64_t kStep = kCacheLine / sizeof(S);
-    for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
+    const bool is_wide = std::is_same_v<S, T> && stream.bytes > static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < kLanes<T>; i += kStep) {
+      stream.prefetch(begin + i);
+      if (is_wide) stream.prefetch(begin + i + kStep / 2);
+    }
   }
 }
 
@@ -130,10 +140,11 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   const auto* __restrict const y = static_cast<const typename Memory::Y*>(block.y);
   auto* __restrict const grad_input = static_cast<typename Memory::G*>(block.grad_input);
   T* __restrict const first = block.first;
+  constexpr bool kFetches = (kWanted & kFetched) == 0;
   // Stays without a meaning where nothing depends on it.
-  constexpr bool kHasFirstStage = !Formula::kGradInputIsOneStage || kWanted != kGradInput;
+  constexpr bool kHasFirstStage = !Formula::kGradInputIsOneStage || (kWanted & ~kFetched) != kGradInput;
   for (int64_t i = 0; kHasFirstStage && i < n; i += kLanes<T>) {
-    prefetch<T, typename Memory::X>(next.x, i);
+    if constexpr (kFetches) prefetch<T, typename Memory::X>(next.x, i);
     const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
     Numbers<T> stage = first_stage<kLabels>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
@@ -151,10 +162,10 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   for (int64_t i = 0; i < n;) {
     Numbers<T> sum = T(0);
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
-      if constexpr (!kHasFirstStage) prefetch<T, typename Memory::X>(next.x, i);
-      prefetch<T, typename Memory::Y>(next.y, i);
-      if constexpr (kHasWeight) prefetch<T>(next.w, i);
-      if constexpr (kHasPosWeight) prefetch<T>(next.p, i);
+      if constexpr (kFetches && !kHasFirstStage) prefetch<T, typename Memory::X>(next.x, i);
+      if constexpr (kFetches) prefetch<T, typename Memory::Y>(next.y, i);
+      if constexpr (kFetches && kHasWeight) prefetch<T>(next.w, i);
+      if constexpr (kFetches && kHasPosWeight) prefetch<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
       const Numbers<T> input = in_registers(load<Numbers<T>>(x + i));
@@ -213,7 +224,7 @@ BCE_EXT_TARGET __attribute__((noinline)) void add_leaning(int64_t n, const Const
 template <typename T, typename Formula, int kGradient, Labels kLabels>
 BCE_EXT_TARGET void compute_leaning(int64_t n, const Constants<T>& constants, const Block<T>& block) {
   add_leaning<kLabels, T, Formula>(n, constants, block);
-  if constexpr (kGradient != 0) compute<T, Formula, kGradient, false, false>(n, constants, block);
+  if constexpr (kGradient != 0) compute<T, Formula, kGradient | kFetched, false, false>(n, constants, block);
 }
 
 }  // namespace

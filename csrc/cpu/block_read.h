@@ -42,7 +42,8 @@ BCE_EXT_TARGET __attribute__((noinline)) void fill(T value, int64_t n, T* out) {
 template <typename T, typename S>
 BCE_EXT_TARGET void read_run(const S* in, int64_t stride, int64_t n, T* out) {
   if (stride == 1) {
-    if constexpr (std::is_same_v<S, int64_t> || std::is_same_v<S, uint64_t>) {
+    constexpr bool kIsWide = std::is_same_v<S, int64_t> || std::is_same_v<S, uint64_t>;
+    if constexpr (kIsWide && BCE_EXT_VECTOR_BYTES < 64) {
       convert_wide(in, n, out);
     } else {
       convert(in, n, out);
@@ -193,15 +194,13 @@ struct Stream {
   const char* data;
   int64_t bytes;
 
-  // Into the second-level cache, where more lines can be under way at a time.
-  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const {
-    __builtin_prefetch(data + element * bytes, /*rw=*/0, /*locality=*/2);
-  }
+  BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const { __builtin_prefetch(data + element * bytes); }
 };
 
-// Supplies an operand of one chunk, block by block. What repeats within a block's length is read once per chunk, as a
-// tile that holds every block as a contiguous stretch. A rectangle of a strided operand is read as a whole, in the
-// order of its memory.
+// Supplies an operand of one chunk, block by block, in place where memory holds neighbours of the walk as neighbours,
+// in the compute type. What repeats within a block's length is read once per chunk, as a tile that holds every block as
+// a contiguous stretch; what is the same along a row, once per row. A rectangle of a strided operand is read as a
+// whole, in the order of its memory.
 template <typename T>
 class OperandReader {
  public:
@@ -211,7 +210,8 @@ class OperandReader {
         chunk_(chunk),
         period_(period(problem, operand)),
         in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
-        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>) {
+        tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>),
+        row_stride_(has_long_rows() ? operand.strides[problem.ndim - 1] : -1) {
     if (chunk.rows_along < 0 || operand.layout != Layout::Strided || tiled_) return;
     // Without memory for it, block by block.
     rectangle_ = static_cast<T*>(aligned_alloc(kCacheLine, kChunk * sizeof(T)));
@@ -223,6 +223,8 @@ class OperandReader {
 
   // What will be read for the elements from `begin` on, where that is a plain stretch of memory.
   BCE_EXT_TARGET Stream ahead(int64_t begin) const {
+    const bool in_row = row_stride_ == 1 && row_ != nullptr && period_ == problem_.numel;
+    if (in_row) return {reinterpret_cast<const char*>(row_ + (begin - row_begin_)), sizeof(T)};
     if (operand_.layout != Layout::Flat) return {reinterpret_cast<const char*>(buffer_), 0};
     const int64_t bytes = size_of(operand_.dtype);
     return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
@@ -243,6 +245,10 @@ class OperandReader {
         if (!tile_is_read_) read_tile();
         return buffer_ + begin % period_;
       }
+      if (row_stride_ >= 0) {
+        if (begin >= row_end_) find_row(begin);
+        if (begin + n <= row_end_) return row_stride_ == 0 ? buffer_ : row_ + (begin - row_begin_);
+      }
     }
     if (rectangle_ != nullptr) {
       memcpy(buffer_, in_rectangle(begin), n * sizeof(T));
@@ -258,6 +264,27 @@ class OperandReader {
   BCE_EXT_TARGET const T* in_rectangle(int64_t element) const {
     const int64_t distance = element - chunk_.begin;
     return rectangle_ + distance / chunk_.row_stride * chunk_.columns + distance % chunk_.row_stride;
+  }
+
+  // Whether blocks often lie in one row of the walk, which memory holds in order or as one number.
+  BCE_EXT_TARGET bool has_long_rows() const {
+    if (operand_.layout != Layout::Strided || tiled_ || chunk_.rows_along >= 0) return false;
+    const int64_t stride = operand_.strides[problem_.ndim - 1];
+    return problem_.sizes[problem_.ndim - 1] >= kBlock<T> &&
+           (stride == 0 || (stride == 1 && operand_.dtype == dtype_of<T>()));
+  }
+
+  // The row that holds an element, from there on.
+  BCE_EXT_TARGET void find_row(int64_t begin) {
+    int64_t coordinates[kMaxDims];
+    const int64_t offset = offset_of(problem_, operand_, begin, coordinates);
+    row_begin_ = begin;
+    row_end_ = begin + problem_.sizes[problem_.ndim - 1] - coordinates[problem_.ndim - 1];
+    if (row_stride_ == 0) {
+      read(problem_, operand_, {begin, smaller(kBlock<T>, row_end_ - begin)}, buffer_);
+    } else {
+      row_ = static_cast<const T*>(operand_.data) + offset;
+    }
   }
 
   BCE_EXT_TARGET void read_tile() {
@@ -278,6 +305,9 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
+  const int64_t row_stride_;  // in the memory of the operand; -1 where rows are not read one by one
+  const T* row_ = nullptr;
+  int64_t row_begin_ = 0, row_end_ = 0;
   T* rectangle_ = nullptr;
   alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
 };

@@ -4,15 +4,22 @@
 #include "../problem.h"
 #include "block.h"
 #include "element_types.h"
+#include "memory_access.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {
 namespace {
 
 template <typename S, typename T>
-BCE_EXT_TARGET void store(const T* __restrict in, int64_t n, void* data, int64_t begin) {
-  S* __restrict out = static_cast<S*>(data) + begin;
+BCE_EXT_TARGET void store(const T* __restrict in, int64_t n, S* __restrict out) {
   for (int64_t i = 0; i < n; ++i) store_as(in[i], out[i]);
+}
+
+BCE_EXT_TARGET inline void copy_past_caches(const void* in, int64_t bytes, void* out) {
+  using Vector __attribute__((vector_size(BCE_EXT_VECTOR_BYTES), may_alias)) = uint8_t;
+  for (int64_t i = 0; i < bytes; i += sizeof(Vector)) {
+    store_past_caches(*reinterpret_cast<const Vector*>(static_cast<const char*>(in) + i), static_cast<char*>(out) + i);
+  }
 }
 
 template <typename T>
@@ -34,24 +41,39 @@ class OutputWriter {
 
   // Whether a block that begins here is written past the caches: in the output, that is, and where it is aligned.
   BCE_EXT_TARGET bool goes_past_caches(const void* block) const {
-    return past_caches_ && block != buffer_ && reinterpret_cast<uintptr_t>(block) % BCE_EXT_VECTOR_BYTES == 0;
+    return past_caches_ && block != buffer_ && is_aligned(block);
   }
 
   BCE_EXT_TARGET void finish(const T* block, int64_t begin, int64_t n) const {
     if (output_.data == nullptr || block != buffer_) return;
     switch (output_.dtype) {
       case Dtype::Half:
-        return store<HalfBits>(block, n, output_.data, begin);
+        return write<HalfBits>(n, begin);
       case Dtype::BFloat16:
-        return store<BFloat16Bits>(block, n, output_.data, begin);
+        return write<BFloat16Bits>(n, begin);
       case Dtype::Double:
-        return store<double>(block, n, output_.data, begin);
+        return write<double>(n, begin);
       default:
-        return store<float>(block, n, output_.data, begin);
+        return write<float>(n, begin);
     }
   }
 
  private:
+  BCE_EXT_TARGET static bool is_aligned(const void* block) {
+    return reinterpret_cast<uintptr_t>(block) % BCE_EXT_VECTOR_BYTES == 0;
+  }
+
+  // The buffer to the output.
+  template <typename S>
+  BCE_EXT_TARGET void write(int64_t n, int64_t begin) const {
+    S* const out = static_cast<S*>(output_.data) + begin;
+    const int64_t bytes = n * sizeof(S);
+    if (!past_caches_ || !is_aligned(out) || bytes % BCE_EXT_VECTOR_BYTES != 0) return store(buffer_, n, out);
+    alignas(kCacheLine) S rounded[kBlock<T>];
+    store(buffer_, n, rounded);
+    copy_past_caches(rounded, bytes, out);
+  }
+
   const Output& output_;
   const bool past_caches_;
   alignas(kCacheLine) T buffer_[kBlock<T> + kStagger<T>];

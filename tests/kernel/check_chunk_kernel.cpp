@@ -272,6 +272,95 @@ bool check_rectangles(Dtype target_dtype, Isa isa) {
   return good;
 }
 
+// An operand whose rows lie apart in memory, are one number each, or are the same row: gradients and sum are those of a
+// copy without gaps, bit for bit.
+bool check_rows(Dtype dtype, Isa isa) {
+  // Blocks are 1,024 float32 or 512 float64: rows that hold some, that most blocks reach beyond, that are just one, and
+  // that are shorter.
+  const std::vector<std::vector<int64_t>> walks = {{5, 4096}, {7, 1500}, {2, 3, 1031}, {9, 1024}, {9, 1023}, {30, 511}};
+  bool good = true;
+  for (const std::vector<int64_t>& sizes : walks) {
+    Problem problem;
+    problem.ndim = static_cast<int>(sizes.size());
+    problem.numel = 1;
+    for (int d = 0; d < problem.ndim; ++d) problem.numel *= problem.sizes[d] = sizes[d];
+    problem.compute_in_double = dtype == Dtype::Double;
+    const Dtype type = problem.compute_in_double ? Dtype::Double : Dtype::Float;
+    const int64_t n = problem.numel, row = sizes.back();
+    std::vector<double> numbers(n);
+    for (int64_t i = 0; i < n; ++i) numbers[i] = static_cast<double>(i % 201 - 100) * 0.25;
+    Buffer input = make(type, numbers);
+    Buffer expected = make(type, std::vector<double>(n)), grad = expected;
+    problem.input = {input.data(), type, Layout::Flat, {}};
+    problem.target = {input.data(), type, Layout::Flat, {}};
+    problem.reduce = true;
+    enum Kind { kApart, kOneNumber, kSameRow };
+    for (const Kind kind : {kApart, kOneNumber, kSameRow}) {
+      int64_t strides[kMaxDims] = {};
+      strides[problem.ndim - 1] = kind == kOneNumber ? 0 : 1;
+      int64_t stride = kind == kApart ? row + 7 : kind == kOneNumber ? 1 : 0;
+      for (int d = problem.ndim - 2; d >= 0; stride *= sizes[d--]) strides[d] = stride;
+      std::vector<double> flat(n), in_rows(n / row * (row + 7));
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t offset = 0, rest = i;
+        for (int d = problem.ndim - 1; d >= 0; rest /= sizes[d--]) offset += rest % sizes[d] * strides[d];
+        flat[i] = static_cast<double>(offset % 257) / 256;
+        in_rows[offset] = flat[i];
+      }
+      Buffer without_gaps = make(dtype, flat), with_gaps = make(dtype, in_rows);
+      for (Operand Problem::* operand : {&Problem::input, &Problem::target, &Problem::weight, &Problem::pos_weight}) {
+        Problem one = problem;
+        bool unused;
+        one.*operand = {without_gaps.data(), dtype, Layout::Flat, {}};
+        one.grad_input = {expected.data(), type};
+        const double sum = run(one, isa, unused);
+        one.*operand = {with_gaps.data(), dtype, Layout::Strided, {}};
+        std::copy(strides, strides + kMaxDims, (one.*operand).strides);
+        one.grad_input = {grad.data(), type};
+        good &= run(one, isa, unused) == sum && grad.storage == expected.storage;
+      }
+    }
+  }
+  std::printf("rows of type %-15d isa %d %s\n", static_cast<int>(dtype), static_cast<int>(isa), good ? "" : "FAILED");
+  return good;
+}
+
+// Outputs past the caches are those that go through them, and nothing beside them is written, wherever they begin.
+bool check_past_caches(Dtype dtype, Isa isa) {
+  bool good = true;
+  for (const int64_t n : {64, 1024, 1100, 9001}) {
+    std::vector<double> numbers(n);
+    for (int64_t i = 0; i < n; ++i) numbers[i] = static_cast<double>(i % 201 - 100) * 0.25;
+    Buffer input = make(dtype, numbers), weight = make(Dtype::Float, numbers);
+    const int64_t bytes = n * (dtype == Dtype::Float ? 4 : 2);
+    for (const int64_t begin : {0, 16, 64}) {  // bytes beyond a cache line
+      constexpr int64_t kLine = 64;
+      std::vector<uint8_t> expected(bytes + 3 * kLine, 0xab), got(expected.size() + kLine, 0xab);
+      uint8_t* const line = got.data() + (kLine - reinterpret_cast<uintptr_t>(got.data()) % kLine) % kLine;
+      for (const bool is_weighted : {false, true}) {
+        Problem problem;
+        bool unused;
+        problem.numel = n;
+        problem.ndim = 1;
+        problem.sizes[0] = n;
+        problem.input = {input.data(), dtype, Layout::Flat, {}};
+        problem.target = {input.data(), dtype, Layout::Flat, {}};
+        if (is_weighted) problem.weight = {weight.data(), Dtype::Float, Layout::Flat, {}};
+        problem.reduce = true;
+        problem.grad_input = {expected.data() + begin, dtype};
+        run(problem, isa, unused);
+        problem.past_caches = true;
+        problem.grad_input = {line + begin, dtype};
+        run(problem, isa, unused);
+        good &= std::equal(expected.begin(), expected.end(), line);
+      }
+    }
+  }
+  std::printf("past the caches, type %-6d isa %d %s\n", static_cast<int>(dtype), static_cast<int>(isa),
+              good ? "" : "FAILED");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -286,6 +375,8 @@ int main() {
     for (const Dtype dtype : {Dtype::Float, Dtype::Bool, Dtype::BFloat16, Dtype::Double}) {
       good &= check_rectangles(dtype, isa);
     }
+    for (const Dtype dtype : {Dtype::Float, Dtype::BFloat16, Dtype::Double}) good &= check_rows(dtype, isa);
+    for (const Dtype dtype : {Dtype::Float, Dtype::BFloat16}) good &= check_past_caches(dtype, isa);
     good &= check_codes<float>("float32", Dtype::Float, -100.0f, isa);
     good &= check_codes<int64_t>("int64", Dtype::Int64, 255, isa);
     good &= check_codes<uint8_t>("uint8", Dtype::UInt8, 255, isa);

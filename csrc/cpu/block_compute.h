@@ -17,7 +17,7 @@ enum Wanted {
   kGradInput = 2,
   kGradTarget = 4,
   kSum = 8,       // instead of storing losses, add their summands
-  kFetched = 16,  // leave out to fetch what comes next: done already
+  kFetched = 16,  // what comes next has been fetched already
 };
 
 // The types in which memory holds the input, the target and the gradient of the input of a block.
@@ -28,17 +28,13 @@ struct InMemory {
   using G = Gradient;
 };
 
-// What is read kAhead elements later. Fetched while a block is computed, the input in its first loop and the rest in
-// the second: by itself the processor looks no further than to the end of a page, which is as long as a block.
+// What is fetched while a block is computed, the input in its first loop and the rest in the second: by itself the
+// processor looks no further than to the end of a page, which is as long as a block.
 struct Ahead {
   Stream x, y, w, p;
 };
 
-// After the block that follows has come as far as this one; where that is computed fast, memory needs longer.
-template <typename T>
-constexpr int64_t kAhead = kBlock<T> / 2;
-
-// The cache lines of a pack, which memory holds as S: as anything, where that is T.
+// The cache lines of a pack that memory holds as S. A T may have been converted: from what, is known at run time.
 template <typename T, typename S = T>
 BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
   if constexpr (std::is_same_v<S, LabelCodes>) {

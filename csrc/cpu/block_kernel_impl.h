@@ -56,8 +56,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, const Chunk& 
     block.p = kernels.needs.pos_weight ? pos_weight.block(at, n) : nullptr;
     block.first = first;
     block.lanes = lanes_of_block;
-    const int64_t later = at + n + kAhead<T>;
-    block.ahead = {input.ahead(later), target.ahead(later), weight.ahead(later), pos_weight.ahead(later)};
+    block.ahead = {input.ahead(at + n), target.ahead(at + n), weight.ahead(at + n), pos_weight.ahead(at + n)};
     if (kernels.in_place != nullptr && n == padded) {
       block.x = input.place(at);
       block.y = target.place(at);

@@ -189,6 +189,10 @@ BCE_EXT_TARGET int64_t period(const Problem& problem, const Operand& operand) {
   return product;
 }
 
+// How far beyond the next block memory is fetched. Where a block is computed fast, the time of one is not enough.
+template <typename T>
+constexpr int64_t kAhead = kBlock<T> / 2;
+
 // Memory that is about to be read: `bytes` for each element.
 struct Stream {
   const char* data;
@@ -211,7 +215,7 @@ class OperandReader {
         period_(period(problem, operand)),
         in_place_(operand.layout == Layout::Flat && operand.dtype == dtype_of<T>()),
         tiled_(operand.layout != Layout::Flat && period_ <= kBlock<T>),
-        row_stride_(has_long_rows() ? operand.strides[problem.ndim - 1] : -1) {
+        rows_(kind_of_rows()) {
     if (chunk.rows_along < 0 || operand.layout != Layout::Strided || tiled_) return;
     // Without memory for it, block by block.
     rectangle_ = static_cast<T*>(aligned_alloc(kCacheLine, kChunk * sizeof(T)));
@@ -221,13 +225,21 @@ class OperandReader {
   OperandReader& operator=(const OperandReader&) = delete;
   BCE_EXT_TARGET ~OperandReader() { free(rectangle_); }
 
-  // What will be read for the elements from `begin` on, where that is a plain stretch of memory.
-  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
-    const bool in_row = row_stride_ == 1 && row_ != nullptr && period_ == problem_.numel;
-    if (in_row) return {reinterpret_cast<const char*>(row_ + (begin - row_begin_)), sizeof(T)};
-    if (operand_.layout != Layout::Flat) return {reinterpret_cast<const char*>(buffer_), 0};
-    const int64_t bytes = size_of(operand_.dtype);
-    return {static_cast<const char*>(operand_.data) + begin * bytes, bytes};
+  // What to fetch while the block before `next` is computed, if that is a plain stretch of memory: of rows that lie
+  // apart, the next block. A row that is used again is in a cache.
+  BCE_EXT_TARGET Stream ahead(int64_t next) const {
+    if (operand_.layout == Layout::Flat) {
+      return {static_cast<const char*>(place(next + kAhead<T>)), size_of(operand_.dtype)};
+    }
+    if (rows_ == Rows::InOrder && period_ == problem_.numel) {
+      int64_t coordinates[kMaxDims];
+      const bool in_row = next >= row_begin_ && next < row_end_;
+      const T* const from =
+          in_row ? row_ + (next - row_begin_)
+                 : static_cast<const T*>(operand_.data) + offset_of(problem_, operand_, next, coordinates);
+      return {reinterpret_cast<const char*>(from), sizeof(T)};
+    }
+    return {reinterpret_cast<const char*>(buffer_), 0};
   }
 
   // Where memory holds an element of a flat operand.
@@ -245,9 +257,9 @@ class OperandReader {
         if (!tile_is_read_) read_tile();
         return buffer_ + begin % period_;
       }
-      if (row_stride_ >= 0) {
+      if (rows_ != Rows::Short) {
         if (begin >= row_end_) find_row(begin);
-        if (begin + n <= row_end_) return row_stride_ == 0 ? buffer_ : row_ + (begin - row_begin_);
+        if (begin + n <= row_end_) return row_ + (rows_ == Rows::OneNumber ? 0 : begin - row_begin_);
       }
     }
     if (rectangle_ != nullptr) {
@@ -266,25 +278,31 @@ class OperandReader {
     return rectangle_ + distance / chunk_.row_stride * chunk_.columns + distance % chunk_.row_stride;
   }
 
-  // Whether blocks often lie in one row of the walk, which memory holds in order or as one number.
-  BCE_EXT_TARGET bool has_long_rows() const {
-    if (operand_.layout != Layout::Strided || tiled_ || chunk_.rows_along >= 0) return false;
-    const int64_t stride = operand_.strides[problem_.ndim - 1];
-    return problem_.sizes[problem_.ndim - 1] >= kBlock<T> &&
-           (stride == 0 || (stride == 1 && operand_.dtype == dtype_of<T>()));
+  // The innermost dimension of the walk, as it lies in the memory of an operand.
+  enum class Rows {
+    Short,      // for most blocks, or in no order that could be read in place
+    InOrder,    // in the compute type
+    OneNumber,  // for each row
+  };
+
+  BCE_EXT_TARGET Rows kind_of_rows() const {
+    const int last = problem_.ndim - 1;
+    if (operand_.layout != Layout::Strided || tiled_ || chunk_.rows_along >= 0 || problem_.sizes[last] < kBlock<T>) {
+      return Rows::Short;
+    }
+    if (operand_.strides[last] == 0) return Rows::OneNumber;
+    return operand_.strides[last] == 1 && operand_.dtype == dtype_of<T>() ? Rows::InOrder : Rows::Short;
   }
 
-  // The row that holds an element, from there on.
+  // What is left of a row from an element on.
   BCE_EXT_TARGET void find_row(int64_t begin) {
     int64_t coordinates[kMaxDims];
     const int64_t offset = offset_of(problem_, operand_, begin, coordinates);
     row_begin_ = begin;
     row_end_ = begin + problem_.sizes[problem_.ndim - 1] - coordinates[problem_.ndim - 1];
-    if (row_stride_ == 0) {
-      read(problem_, operand_, {begin, smaller(kBlock<T>, row_end_ - begin)}, buffer_);
-    } else {
-      row_ = static_cast<const T*>(operand_.data) + offset;
-    }
+    const bool is_number = rows_ == Rows::OneNumber;
+    if (is_number) read(problem_, operand_, {begin, smaller(kBlock<T>, row_end_ - begin)}, buffer_);
+    row_ = is_number ? buffer_ : static_cast<const T*>(operand_.data) + offset;
   }
 
   BCE_EXT_TARGET void read_tile() {
@@ -305,8 +323,8 @@ class OperandReader {
   const bool in_place_;
   const bool tiled_;
   bool tile_is_read_ = false;
-  const int64_t row_stride_;  // in the memory of the operand; -1 where rows are not read one by one
-  const T* row_ = nullptr;
+  const Rows rows_;
+  const T* row_ = nullptr;  // from row_begin_ to row_end_
   int64_t row_begin_ = 0, row_end_ = 0;
   T* rectangle_ = nullptr;
   alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
@@ -332,8 +350,8 @@ class WeightReader {
   // What of it is left to the scale.
   BCE_EXT_TARGET T scale() { return in_scale_ ? *grad_output_.block(0, kLanes<T>) : T(1); }
 
-  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
-    return has_grad_output_ ? grad_output_.ahead(begin) : weight_.ahead(begin);
+  BCE_EXT_TARGET Stream ahead(int64_t next) const {
+    return has_grad_output_ ? grad_output_.ahead(next) : weight_.ahead(next);
   }
 
   // As that of OperandReader.

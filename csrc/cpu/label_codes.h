@@ -184,9 +184,9 @@ class TargetReader {
         codes_(problem.label_codes),
         ignored_(static_cast<T>(problem.ignore_index)) {}
 
-  BCE_EXT_TARGET Stream ahead(int64_t begin) const {
-    if (codes_ != nullptr) return {reinterpret_cast<const char*>(codes_ + begin / LabelCodes::kLabels), 0};
-    return memory_.ahead(begin);
+  BCE_EXT_TARGET Stream ahead(int64_t next) const {
+    if (codes_ != nullptr) return {static_cast<const char*>(place(next + kAhead<T>)), 0};
+    return memory_.ahead(next);
   }
 
   BCE_EXT_TARGET const void* place(int64_t begin) const {

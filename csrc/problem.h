@@ -84,7 +84,7 @@ struct Problem {
   bool compute_in_double = false;  // float64 arithmetic; float32 otherwise
   bool reduce = false;
   bool counts = false;       // sum the number of elements that are not ignored instead; a CPU kernel of its own
-  bool past_caches = false;  // a CPU should write the loss and the gradient past its caches, where it can
+  bool past_caches = false;  // a CPU should write outputs past its caches, where it can
 
   // Gradients and the reduced loss are divided by divisor * normalizer, where the latter is one value in the memory of
   // the device, or Absent. The CPU kernel leaves the division of the loss to its caller, and takes the normalizer as a

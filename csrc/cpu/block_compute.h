@@ -34,19 +34,24 @@ struct Ahead {
   Stream x, y, w, p;
 };
 
-// The cache lines of a pack that memory holds as S. A T may have been converted: from what, is known at run time.
+// The cache lines of a pack that memory holds as S, or as something that is no wider. Inlined for sure: GCC takes a
+// function that only fetches for one without effects, and leaves out its calls.
 template <typename T, typename S = T>
-BCE_EXT_TARGET void prefetch(const Stream& stream, int64_t begin) {
+BCE_EXT_HOST_DEVICE void prefetch(const Stream& stream, int64_t begin) {
   if constexpr (std::is_same_v<S, LabelCodes>) {
     __builtin_prefetch(stream.data + begin / LabelCodes::kLabels * sizeof(LabelCodes));
   } else {
     constexpr int64_t kStep = kCacheLine / sizeof(S);
-    const bool is_wide = std::is_same_v<S, T> && stream.bytes > static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < kLanes<T>; i += kStep) {
-      stream.prefetch(begin + i);
-      if (is_wide) stream.prefetch(begin + i + kStep / 2);
-    }
+    for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
   }
+}
+
+// The same of what may be wider where S is T: an integer of 64 bits that is converted has every other line left.
+template <typename T, typename S = T>
+BCE_EXT_HOST_DEVICE void prefetch_any(const Stream& stream, int64_t begin) {
+  prefetch<T, S>(stream, begin);
+  const bool is_wide = std::is_same_v<S, T> && stream.bytes > static_cast<int64_t>(sizeof(T));
+  if (is_wide) prefetch<T, S>({stream.data + kCacheLine, stream.bytes}, begin);
 }
 
 template <bool kGiven, typename T>
@@ -159,9 +164,9 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
     Numbers<T> sum = T(0);
     for (const int64_t end = smaller(n, i + kGroup); i < end; i += kLanes<T>) {
       if constexpr (kFetches && !kHasFirstStage) prefetch<T, typename Memory::X>(next.x, i);
-      if constexpr (kFetches) prefetch<T, typename Memory::Y>(next.y, i);
-      if constexpr (kFetches && kHasWeight) prefetch<T>(next.w, i);
-      if constexpr (kFetches && kHasPosWeight) prefetch<T>(next.p, i);
+      if constexpr (kFetches) prefetch_any<T, typename Memory::Y>(next.y, i);
+      if constexpr (kFetches && kHasWeight) prefetch_any<T>(next.w, i);
+      if constexpr (kFetches && kHasPosWeight) prefetch_any<T>(next.p, i);
       const auto weight = load_or_one<kHasWeight>(block.w, i);
       const auto pos_weight = load_or_one<kHasPosWeight>(block.p, i);
       const Numbers<T> input = in_registers(load<Numbers<T>>(x + i));

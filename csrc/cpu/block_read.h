@@ -225,21 +225,23 @@ class OperandReader {
   OperandReader& operator=(const OperandReader&) = delete;
   BCE_EXT_TARGET ~OperandReader() { free(rectangle_); }
 
-  // What to fetch while the block before `next` is computed, if that is a plain stretch of memory: of rows that lie
-  // apart, the next block. A row that is used again is in a cache.
+  // What to fetch while the block before `next` is computed, if that is about a stretch of memory. A row that is used
+  // again is in a cache.
   BCE_EXT_TARGET Stream ahead(int64_t next) const {
-    if (operand_.layout == Layout::Flat) {
-      return {static_cast<const char*>(place(next + kAhead<T>)), size_of(operand_.dtype)};
+    const int64_t bytes = size_of(operand_.dtype);
+    if (operand_.layout == Layout::Flat) return {static_cast<const char*>(place(next + kAhead<T>)), bytes};
+    const bool has_rows = operand_.layout == Layout::Strided && operand_.strides[problem_.ndim - 1] == 1;
+    // Of what fits a second-level cache, less would be gained than to find the place takes.
+    constexpr int64_t kSmall = 1 << 18;
+    if (!has_rows || period_ != problem_.numel || chunk_.rows_along >= 0 || problem_.numel < kSmall ||
+        next >= problem_.numel) {
+      return {reinterpret_cast<const char*>(buffer_), 0};
     }
-    if (rows_ == Rows::InOrder && period_ == problem_.numel) {
-      int64_t coordinates[kMaxDims];
-      const bool in_row = next >= row_begin_ && next < row_end_;
-      const T* const from =
-          in_row ? row_ + (next - row_begin_)
-                 : static_cast<const T*>(operand_.data) + offset_of(problem_, operand_, next, coordinates);
-      return {reinterpret_cast<const char*>(from), sizeof(T)};
-    }
-    return {reinterpret_cast<const char*>(buffer_), 0};
+    const int64_t first = offset_at(next), length = smaller(kBlock<T>, problem_.numel - next);
+    const int64_t gaps = next + length <= row_end_ ? 0 : offset_at(next + length - 1) - first - (length - 1);
+    // Far apart, the elements of the block are fetched as far as they follow the first one.
+    const bool is_dense = gaps >= 0 && gaps <= length;
+    return {static_cast<const char*>(operand_.data) + first * bytes, is_dense ? bytes + bytes * gaps / length : bytes};
   }
 
   // Where memory holds an element of a flat operand.
@@ -259,7 +261,9 @@ class OperandReader {
       }
       if (rows_ != Rows::Short) {
         if (begin >= row_end_) find_row(begin);
-        if (begin + n <= row_end_) return row_ + (rows_ == Rows::OneNumber ? 0 : begin - row_begin_);
+        if (begin + n <= row_end_) {
+          return rows_ == Rows::OneNumber ? buffer_ : static_cast<const T*>(operand_.data) + offset_at(begin);
+        }
       }
     }
     if (rectangle_ != nullptr) {
@@ -294,15 +298,21 @@ class OperandReader {
     return operand_.strides[last] == 1 && operand_.dtype == dtype_of<T>() ? Rows::InOrder : Rows::Short;
   }
 
+  // Where the memory of a strided operand has an element.
+  BCE_EXT_TARGET int64_t offset_at(int64_t element) const {
+    const bool in_row = rows_ == Rows::InOrder && element >= row_begin_ && element < row_end_;
+    if (in_row) return row_offset_ + (element - row_begin_);
+    int64_t coordinates[kMaxDims];
+    return offset_of(problem_, operand_, element, coordinates);
+  }
+
   // What is left of a row from an element on.
   BCE_EXT_TARGET void find_row(int64_t begin) {
     int64_t coordinates[kMaxDims];
-    const int64_t offset = offset_of(problem_, operand_, begin, coordinates);
+    row_offset_ = offset_of(problem_, operand_, begin, coordinates);
     row_begin_ = begin;
     row_end_ = begin + problem_.sizes[problem_.ndim - 1] - coordinates[problem_.ndim - 1];
-    const bool is_number = rows_ == Rows::OneNumber;
-    if (is_number) read(problem_, operand_, {begin, smaller(kBlock<T>, row_end_ - begin)}, buffer_);
-    row_ = is_number ? buffer_ : static_cast<const T*>(operand_.data) + offset;
+    if (rows_ == Rows::OneNumber) read(problem_, operand_, {begin, smaller(kBlock<T>, row_end_ - begin)}, buffer_);
   }
 
   BCE_EXT_TARGET void read_tile() {
@@ -324,8 +334,7 @@ class OperandReader {
   const bool tiled_;
   bool tile_is_read_ = false;
   const Rows rows_;
-  const T* row_ = nullptr;  // from row_begin_ to row_end_
-  int64_t row_begin_ = 0, row_end_ = 0;
+  int64_t row_begin_ = 0, row_end_ = 0, row_offset_ = 0;  // of the row that find_row found
   T* rectangle_ = nullptr;
   alignas(kCacheLine) T buffer_[2 * kBlock<T> + kStagger<T>];
 };

@@ -4,9 +4,9 @@
 #include <type_traits>
 
 #include "../formulas.h"
-#include "block_read.h"
 #include "label_codes.h"
 #include "memory_access.h"
+#include "operand_reader.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {

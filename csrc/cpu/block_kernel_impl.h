@@ -21,10 +21,10 @@
 #include "block_check.h"
 #include "block_compute.h"
 #include "block_kernel.h"
-#include "block_read.h"
 #include "block_select.h"
 #include "block_sum.h"
 #include "block_write.h"
+#include "operand_reader.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {

@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "../problem.h"
-#include "block_read.h"
 #include "memory_access.h"
+#include "operand_reader.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {

@@ -142,20 +142,20 @@ BCE_EXT_HOST_DEVICE T log1p_of_unit(T e) {
   return (e * e) * log1p_rest(e, Scalar<T>()) + e;
 }
 
-// u = 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
+// u = 2^(n + kLift) * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
 template <typename T>
 struct Split {
   T n;
-  T scale;  // 2^-n
+  T scale;  // 2^-(n + kLift)
 };
 
-template <typename T>
+template <int kLift = 0, typename T>
 BCE_EXT_HOST_DEVICE Split<T> split(T u) {
   constexpr Bits<Scalar<T>> kBias = Format<T>::kExponentBias;
   constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits);
   const Bits<T> biased =
       (to_bits(u) + ((kBias << Format<T>::kMantissaBits) - Format<T>::kSqrtHalf)) >> Format<T>::kMantissaBits;
-  return {from_bits<T>(to_bits(kRound) + biased) - (kRound + Scalar<T>(Format<T>::kExponentBias)),
+  return {from_bits<T>(to_bits(kRound) + biased) - (kRound + Scalar<T>(Format<T>::kExponentBias + kLift)),
           from_bits<T>((2 * kBias - biased) << Format<T>::kMantissaBits)};
 }
 
@@ -229,10 +229,10 @@ struct Lifted {
   }
 };
 
-// log(u) for a normal u > 0.
-template <typename T>
+// log(2^-kLift * u) for a normal u > 0. Of 0, a number below that of the smallest normal u.
+template <int kLift = 0, typename T>
 BCE_EXT_HOST_DEVICE T log_of_normal(T u) {
-  const Split<T> parts = split(u);
+  const Split<T> parts = split<kLift>(u);
   return log_of_split(parts.n, u * parts.scale - T(1));
 }
 

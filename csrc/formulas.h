@@ -11,7 +11,7 @@
 // the derivative with respect to the target. has_hard_form() says whether it serves.
 //
 // grad_input does not depend on the first stage where kGradInputIsOneStage says so. Losses of the same weight may then
-// be added by lean(x, y), whose logarithms are joined.
+// be added by share_of_nearer(x, y), whose logarithms are joined.
 #pragma once
 
 #include "formulas/asymmetric.h"

@@ -74,7 +74,19 @@ def test_sums_are_as_exact_as_their_terms(
 
 @pytest.mark.parametrize("place", [0, 100, 255, 299])  # in one product, and in what is left over by them
 @pytest.mark.parametrize(
-    ("probability", "label", "loss"), [(0.0, 1.0, 100.0), (-0.0, 1.0, 100.0), (1.0, 0.0, 100.0), (1.0, 1.0, 0.0)]
+    ("probability", "label", "loss"),
+    [
+        (0.0, 1.0, 100.0),
+        (-0.0, 1.0, 100.0),
+        (1.0, 0.0, 100.0),
+        (1.0, 1.0, 0.0),
+        # For the label that a soft one is farther from.
+        (0.0, 0.25, 25.0),
+        (-0.0, 0.25, 25.0),
+        (1.0, 0.75, 25.0),
+        (2.0**-144, 0.25, 36 * math.log(2)),  # the smallest subnormal numbers whose logarithm is above -100
+        (2.0**-145, 0.25, 25.0),
+    ],
 )
 def test_an_extreme_term_among_others_in_a_sum(
     probability: float, label: float, loss: float, place: int, device: str

@@ -185,49 +185,6 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   }
 }
 
-// The losses of four vectors, from x and y on, by how their targets lean. False where a logarithm may be bounded.
-template <Labels kLabels, typename T, typename Formula>
-BCE_EXT_TARGET bool sum_leaning(const Formula& formula, const T* x, const T* y, Numbers<T>& sum) {
-  Leaning<Numbers<T>> leaning[4];
-  for (int64_t part = 0; part < 4; ++part) {
-    const int64_t at = part * kLanes<T>;
-    leaning[part] = formula.lean(in_registers(Numbers<T>::load(x + at)), in_registers(Numbers<T>::load(y + at)));
-  }
-  return math::all<Numbers<T>>(bce_ext::sum_leaning<kLabels == Labels::Hard>(leaning, sum));
-}
-
-template <Labels kLabels, typename T, typename Formula>
-BCE_EXT_TARGET __attribute__((noinline)) void add_leaning(int64_t n, const Constants<T>& constants,
-                                                          const Block<T>& block) {
-  const Formula formula(constants.parameters);
-  const auto* const x = static_cast<const T*>(block.x);
-  const auto* const y = static_cast<const T*>(block.y);
-  constexpr int64_t kGroup = 4 * kLanes<T>;
-  for (int64_t i = 0; i < n; i += kGroup) {
-    Numbers<T> sum = T(0);
-    const int64_t end = smaller(n, i + kGroup);
-    for (int64_t at = i; at < end; at += kLanes<T>) {
-      prefetch<T>(block.ahead.x, at);
-      prefetch<T>(block.ahead.y, at);
-    }
-    if (end - i < kGroup || !sum_leaning<kLabels, T>(formula, x + i, y + i, sum)) {
-      sum = T(0);
-      for (int64_t at = i; at < end; at += kLanes<T>) {
-        const Numbers<T> input = Numbers<T>::load(x + at), target = Numbers<T>::load(y + at);
-        sum = sum + formula.evaluate(input, target, One{}, One{}, Numbers<T>(T(1)), formula.first_stage(input)).summand;
-      }
-    }
-    add_to_lanes<T>(sum, block.lanes);
-  }
-}
-
-// The sum, and the gradient if it is wanted.
-template <typename T, typename Formula, int kGradient, Labels kLabels>
-BCE_EXT_TARGET void compute_leaning(int64_t n, const Constants<T>& constants, const Block<T>& block) {
-  add_leaning<kLabels, T, Formula>(n, constants, block);
-  if constexpr (kGradient != 0) compute<T, Formula, kGradient | kFetched, false, false>(n, constants, block);
-}
-
 }  // namespace
 }  // namespace BCE_EXT_ISA
 }  // namespace bce_ext

@@ -4,6 +4,7 @@
 #include "../formulas.h"
 #include "../problem.h"
 #include "block_compute.h"
+#include "block_probabilities.h"
 
 namespace bce_ext {
 namespace BCE_EXT_ISA {
@@ -12,7 +13,7 @@ namespace {
 template <typename T, typename Formula, int kGradient, bool kHasWeight, bool kHasPosWeight, Labels kLabels>
 BCE_EXT_TARGET Compute<T> select_sum() {
   if constexpr (Formula::kGradInputIsOneStage && !kHasWeight && kLabels != Labels::Adjusted) {
-    return compute_leaning<T, Formula, kGradient, kLabels>;
+    return compute_probabilities<T, Formula, kGradient, kLabels>;
   } else {
     return compute<T, Formula, kSum | kGradient, kHasWeight, kHasPosWeight, kLabels>;
   }

@@ -204,7 +204,7 @@ class VectorPass {
     bool is_valid;
     if constexpr (!kWeighted && Formula::kGradInputIsOneStage) {
       if constexpr (kGradInput) evaluate<Labels::Any, false, true>(index, elements);
-      is_valid = sum_leaning(elements, result);
+      is_valid = join_logarithms(elements, result);
     } else {
       if constexpr (Formula::kHasHardForm) {
         if (are_hard(elements)) {
@@ -251,17 +251,22 @@ class VectorPass {
     return kJoins ? sum + math::log1p_of_nonnegative(excess) : sum;
   }
 
-  // See sum_leaning of formulas/probabilities.h.
-  __device__ __forceinline__ bool sum_leaning(const Elements& elements, C& sum) const {
-    Leaning<C> leaning[N];
+  // See Share of formulas/probabilities.h.
+  __device__ __forceinline__ bool join_logarithms(const Elements& elements, C& sum) const {
+    Share<C> shares[N];
     bool is_hard = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      leaning[k] = arguments_.formula.lean(elements.x[k], elements.y[k]);
-      is_hard &= leaning[k].minor == C(0);
+      shares[k] = arguments_.formula.share_of_nearer(elements.x[k], elements.y[k]);
+      is_hard &= elements.y[k] == C(0) || elements.y[k] == C(1);
     }
-    return kHasHardLabels || is_hard ? bce_ext::sum_leaning<true>(leaning, sum)
-                                     : bce_ext::sum_leaning<false>(leaning, sum);
+    const bool is_valid = bce_ext::join_logarithms(shares, sum);
+    if (kHasHardLabels || is_hard) return is_valid;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sum -= minor_term(lifted_odds(shares[k]), elements.y[k]);
+    }
+    return is_valid;
   }
 
   template <int M>

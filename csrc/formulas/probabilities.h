@@ -6,6 +6,12 @@
 namespace bce_ext {
 
 // A share of 1 and its complement. The smaller of both is known to the last places.
+//
+// A target between two labels is nearer to one of them. With the share that a probability gives that one, and `minor`
+// what the target says for the other, min(y, 1-y),
+//   loss = -log(own) - minor * max(log(complement / own), -100)
+// as far as log(own) is not bounded: where the other one is, own is 1. For a hard label `minor` is 0. The first
+// logarithm can be joined with those of other elements.
 template <typename T>
 struct Share {
   T own, complement;
@@ -16,42 +22,39 @@ struct Share {
   }
 };
 
-// A target between two labels, seen from the one it is nearer to, which a probability gives `share`; `minor` is what it
-// says for the other label. As long as nothing is bounded,
-//   loss = -log(share.own) - minor * log(share.complement / share.own)
-// where `minor` is 0 for a hard label, and the first logarithm can be joined with others.
-template <typename T>
-struct Leaning {
-  Share<T> share;
-  T minor;
-};
-
 // The product of N shares, in pairs.
 template <int N, typename T>
-BCE_EXT_HOST_DEVICE Share<T> product_of_shares(const Leaning<T>* leaning) {
+BCE_EXT_HOST_DEVICE Share<T> product_of(const Share<T>* shares) {
   if constexpr (N == 1) {
-    return leaning->share;
+    return *shares;
   } else {
-    return product_of_shares<N / 2>(leaning).of(product_of_shares<N - N / 2>(leaning + N / 2));
+    return product_of<N / 2>(shares).of(product_of<N - N / 2>(shares + N / 2));
   }
 }
 
-// The sum of the losses of N such targets: one logarithm for the product of the shares, by which few places are lost,
-// and one for each soft label, of which there are none where kHard says so. Not valid where a logarithm may be bounded.
-template <bool kHard, typename T, int N>
-BCE_EXT_HOST_DEVICE math::Condition<T> sum_leaning(const Leaning<T> (&leaning)[N], T& sum) {
-  // Of what is larger, no logarithm is bounded, not even where it is the product of N.
-  const T none = T(0), least = math::power_of_two<math::Scalar<T>>(-90);
-  const Share<T> product = product_of_shares<N>(leaning);
-  math::Condition<T> is_unbounded = product.own > least;
+// -log(own), added over N shares: one logarithm for their product, by which few places are lost. Not valid where one of
+// theirs may be bounded.
+template <typename T, int N>
+BCE_EXT_HOST_DEVICE math::Condition<T> join_logarithms(const Share<T> (&shares)[N], T& sum) {
+  const Share<T> product = product_of<N>(shares);
   sum = -math::log_by_complement(product.own, product.complement);
-  for (const auto& [share, minor] : leaning) {
-    if constexpr (kHard) break;
-    const math::Condition<T> is_hard = minor == none;
-    is_unbounded = is_unbounded & (is_hard | (share.complement > least));
-    sum = sum - math::select(is_hard, none, minor * math::log_of_normal(math::divide(share.complement, share.own)));
-  }
-  return is_unbounded;
+  // Of what is larger, no logarithm is bounded, not even where it is the product of N.
+  return product.own > T(math::power_of_two<math::Scalar<T>>(-90));
+}
+
+// The odds of the other label, complement / own, times 2^kOddsLift: normal, but for a complement of 0.
+constexpr int kOddsLift = 30;
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T lifted_odds(Share<T> share) {
+  // The sum makes 0 of -0.
+  return math::divide(share.complement * math::power_of_two<math::Scalar<T>>(kOddsLift) + T(0), share.own);
+}
+
+// minor * max(log(complement / own), -100), by which the loss of a target is less than that for the nearer label.
+template <typename T>
+BCE_EXT_HOST_DEVICE T minor_term(T lifted_odds, T y) {
+  return math::at_most(T(1) - y, y) * math::at_least(T(-100), math::log_of_normal<kOddsLift>(lifted_odds));
 }
 
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:
@@ -96,12 +99,12 @@ struct Probabilities : FormulaDefaults {
     return math::at_least(T(-100), math::log_of_either(y == T(1), q));
   }
 
+  // The share of the label that the target is nearer to.
   template <typename T>
-  BCE_EXT_HOST_DEVICE Leaning<T> lean(T q, T y) const {
+  BCE_EXT_HOST_DEVICE Share<T> share_of_nearer(T q, T y) const {
     const math::Condition<T> is_positive = y > T(0.5);
     const T rest = T(1) - q;
-    return {{math::select(is_positive, q, rest), math::select(is_positive, rest, q)},
-            math::select(is_positive, T(1) - y, y)};
+    return {math::select(is_positive, q, rest), math::select(is_positive, rest, q)};
   }
 
   template <typename T, typename Weight>

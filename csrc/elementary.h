@@ -230,8 +230,8 @@ struct Lifted {
 };
 
 // log(2^-kLift * u) for a normal u > 0. Of 0, a number below that of the smallest normal u.
-template <int kLift = 0, typename T>
-BCE_EXT_HOST_DEVICE T log_of_normal(T u) {
+template <int kLift, typename T>
+BCE_EXT_HOST_DEVICE T log_of_lifted(T u) {
   const Split<T> parts = split<kLift>(u);
   return log_of_split(parts.n, u * parts.scale - T(1));
 }

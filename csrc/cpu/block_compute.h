@@ -86,7 +86,8 @@ struct Constants {
   TargetRule<T> rule;
 };
 
-// The operands and results of one block. `first` receives what the first stage computes, `lanes` the sums for kSum.
+// The operands and results of one block. `first` receives what a first loop computes for a second one, `lanes` the sums
+// for kSum.
 template <typename T>
 struct Block {
   const void *x, *y;  // InMemory says of what type, as for grad_input

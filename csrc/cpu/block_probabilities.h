@@ -11,6 +11,7 @@ namespace {
 // Four vectors have one logarithm.
 template <typename T>
 constexpr int64_t kJoined = 4 * kLanes<T>;
+static_assert(kBlock<float> % kJoined<float> == 0 && kBlock<double> % kJoined<double> == 0);
 
 // The losses of four vectors, from x and y on, as one vector, but for what soft labels say for the other label: its
 // odds go to `odds`. False where a logarithm may be bounded.
@@ -45,7 +46,7 @@ BCE_EXT_TARGET __attribute__((noinline)) void sum_nearer(const Formula& formula,
       for (int64_t at = i; at < end; at += kLanes<T>) {
         const Numbers<T> q = Numbers<T>::load(x + at), target = Numbers<T>::load(y + at);
         sum = sum + formula.evaluate(q, target, One{}, One{}, Numbers<T>(T(1)), formula.first_stage(q)).summand;
-        Numbers<T>(math::power_of_two<T>(kOddsLift)).store(block.first + at);
+        if constexpr (kLabels != Labels::Hard) Numbers<T>(math::power_of_two<T>(kOddsLift)).store(block.first + at);
       }
     }
     if constexpr (kLabels == Labels::Hard) {

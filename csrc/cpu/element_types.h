@@ -48,7 +48,7 @@ BCE_EXT_HOST_DEVICE T load_as(HalfBits value) {
 constexpr uint32_t kHighHalf = 0xffff0000u;
 
 // The bits of a float, or a vector of such, so rounded that bfloat16 has the high half: to nearest, ties to even. Adds
-// 0x7fff, or 0x8000 to an odd high half, as what is subtracted: its bits are one operation of AVX-512.
+// 0x7fff, or 0x8000 to an odd high half, by subtracting the negative, whose bits are one ternary operation of AVX-512.
 template <typename Bits>
 BCE_EXT_HOST_DEVICE Bits rounded_to_bfloat16(Bits bits) {
   return bits - ((~(bits >> 16) & 1u) | 0xffff8000u);

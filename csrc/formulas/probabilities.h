@@ -10,8 +10,8 @@ namespace bce_ext {
 // A target between two labels is nearer to one of them. With the share that a probability gives that one, and `minor`
 // what the target says for the other, min(y, 1-y),
 //   loss = -log(own) - minor * max(log(complement / own), -100)
-// as far as log(own) is not bounded: where the other one is, own is 1. For a hard label `minor` is 0. The first
-// logarithm can be joined with those of other elements.
+// unless log(own) is below -100, too. (A complement so small has an own share of 1.) For a hard label `minor` is 0. The
+// first logarithm can be joined with those of other elements.
 template <typename T>
 struct Share {
   T own, complement;
@@ -42,7 +42,9 @@ BCE_EXT_HOST_DEVICE math::Condition<T> join_logarithms(const Share<T> (&shares)[
   return product.own > T(math::power_of_two<math::Scalar<T>>(-90));
 }
 
-// The odds of the other label, complement / own, times 2^kOddsLift: normal, but for a complement of 0.
+// The odds of the other label, complement / own, times 2^kOddsLift, where own is above 2^-90. The least subnormal
+// float, 2^-149, becomes normal by that, and nothing infinite; a double that is subnormal then has a logarithm below
+// -100.
 constexpr int kOddsLift = 30;
 
 template <typename T>
@@ -51,10 +53,10 @@ BCE_EXT_HOST_DEVICE T lifted_odds(Share<T> share) {
   return math::divide(share.complement * math::power_of_two<math::Scalar<T>>(kOddsLift) + T(0), share.own);
 }
 
-// minor * max(log(complement / own), -100), by which the loss of a target is less than that for the nearer label.
+// minor * max(log(complement / own), -100), which is subtracted in a loss; from lifted odds.
 template <typename T>
-BCE_EXT_HOST_DEVICE T minor_term(T lifted_odds, T y) {
-  return math::at_most(T(1) - y, y) * math::at_least(T(-100), math::log_of_normal<kOddsLift>(lifted_odds));
+BCE_EXT_HOST_DEVICE T minor_term(T odds, T y) {
+  return math::at_most(T(1) - y, y) * math::at_least(T(-100), math::log_of_lifted<kOddsLift>(odds));
 }
 
 // Binary cross entropy of a probability q in [0, 1] against a target y, with weight w, as torch.nn.BCELoss defines it:

@@ -254,17 +254,18 @@ class VectorPass {
   // See Share of formulas/probabilities.h.
   __device__ __forceinline__ bool join_logarithms(const Elements& elements, C& sum) const {
     Share<C> shares[N];
-    bool is_hard = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       shares[k] = arguments_.formula.share_of_nearer(elements.x[k], elements.y[k]);
-      is_hard &= elements.y[k] == C(0) || elements.y[k] == C(1);
     }
     const bool is_valid = bce_ext::join_logarithms(shares, sum);
-    if (kHasHardLabels || is_hard) return is_valid;
+    if constexpr (!kHasHardLabels) {
+      if (!are_hard(elements)) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      sum -= minor_term(lifted_odds(shares[k]), elements.y[k]);
+        for (int k = 0; k < N; ++k) {
+          sum -= minor_term(lifted_odds(shares[k]), elements.y[k]);
+        }
+      }
     }
     return is_valid;
   }

@@ -84,7 +84,7 @@ def test_sums_are_as_exact_as_their_terms(
         (0.0, 0.25, 25.0),
         (-0.0, 0.25, 25.0),
         (1.0, 0.75, 25.0),
-        (2.0**-144, 0.25, 36 * math.log(2)),  # the smallest subnormal numbers whose logarithm is above -100
+        (2.0**-144, 0.25, 36 * math.log(2)),  # the smallest power of two whose logarithm is above -100
         (2.0**-145, 0.25, 25.0),
     ],
 )

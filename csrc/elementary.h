@@ -5,6 +5,7 @@
 #pragma once
 
 #include "number.h"
+#include "tables.h"
 
 namespace bce_ext {
 
@@ -46,14 +47,19 @@ BCE_EXT_HOST_DEVICE T polynomial(T x, Coefficients... coefficients) {
   }
 }
 
-// unit * expm1(r) / r for |r| <= ln(2)/2: relative error of exp(r) 2^-28 (float), 2^-56 (double).
-template <typename T>
+// unit * expm1(r) / r for |r| <= ln(2)/2: relative error of exp(r) 2^-28 (float; 2^-23 where it may be rough), 2^-56
+// (double).
+template <bool kRough = false, typename T>
 BCE_EXT_HOST_DEVICE T expm1_quotient(T r, float unit) {
-  return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f,
-                    unit * 0.00138294569f);
+  if constexpr (kRough) {
+    return polynomial(r, unit, unit * 0.499992315f, unit * 0.166671147f, unit * 0.0418901568f, unit * 0.00831252014f);
+  } else {
+    return polynomial(r, unit, unit * 0.49999994f, unit * 0.166665211f, unit * 0.0416681655f, unit * 0.00836866535f,
+                      unit * 0.00138294569f);
+  }
 }
 
-template <typename T>
+template <bool = false, typename T>
 BCE_EXT_HOST_DEVICE T expm1_quotient(T r, double unit) {
   return polynomial(r, unit, unit * 0.5000000000000011, unit * 0.1666666666666641, unit * 0.041666666666529725,
                     unit * 0.00833333333349498, unit * 0.0013888888943760233, unit * 0.00019841269505770564,
@@ -95,36 +101,38 @@ BCE_EXT_HOST_DEVICE T centred_log1p_rest(T f, double) {
                     0.0650349110863701, -0.059817120572803945, 0.02615101329728167);
 }
 
-// exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN.
-template <typename T>
-BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
-  // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back,
-  // so that a subnormal result is rounded once, by the last multiplication.
-  constexpr int kLift = Number<T>::kScalesByPower ? 0 : 64;
-  // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
-  // power of two.
-  constexpr Scalar<T> kRound =
-      Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
-  a = at_most(T(Format<T>::kExpCutoff), a);
-  const T rounded = kRound - a * Format<T>::kLog2E;
-  const T n = rounded - kRound;
-  const T r = (-a - n * Format<T>::kLn2High) - n * Format<T>::kLn2Low;
-  constexpr Scalar<T> kUnit = power_of_two<Scalar<T>>(-kLift);
-  const T lowered = expm1_quotient(r, kUnit) * r + kUnit;
-  if constexpr (Number<T>::kScalesByPower) {
-    return Number<T>::times_power_of_two(lowered, n);
+// -a - n * ln(2), where that is small. Rough, it is off by n * 2^-29.
+template <bool kRough, typename T>
+BCE_EXT_HOST_DEVICE T without_powers_of_two(T a, T n) {
+  if constexpr (kRough && Number<T>::kHasMultiplyAdd) {
+    return -a - n * Format<T>::kLn2;
   } else {
-    return lowered * from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
+    return (-a - n * Format<T>::kLn2High) - n * Format<T>::kLn2Low;
   }
 }
 
-// The same for results that are stored in half precision: a few ULP of float32 are worth five instructions of a GPU.
+// exp(-a) for 0 <= a <= kExpCutoff, by the table of powers.
 template <typename T>
-BCE_EXT_HOST_DEVICE T rough_exp_of_negative(T a) {
+BCE_EXT_HOST_DEVICE T rough_exp_by_table(T a) {
+  // A sum with this number is rounded to a multiple of 1/32, whose low bits number the power of its fraction.
+  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits - kTableBits);
+  const T rounded = kRound - a * Format<T>::kLog2E;
+  const T n = rounded - kRound;
+  const T r = without_powers_of_two<true>(a, n);
+  const T expm1 = polynomial(r, 1.00001467f, 0.49999998f) * r;  // off by 2^-24
+  const T power = Number<T>::look_up(kPowers, to_bits(rounded));
+  return Number<T>::times_power_of_two(expm1 * power + power, n);  // times 2^floor(n)
+}
+
+// exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN. It may be rough for inputs of half precision: a few
+// ULP of float32 are worth two to four of eleven instructions.
+template <bool kMayBeRough = false, typename T>
+BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
+  constexpr bool kRough = kMayBeRough && std::is_same_v<Scalar<T>, float>;
+  a = at_most(T(Format<T>::kExpCutoff), a);
 #if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (kRough) {
     using Constants = FloatFormat<float>;
-    a = at_most(Constants::kExpCutoff, a);
     const float h = a * -Constants::kLog2E;
     // exp(-a) / 2^h - 1, as h is rounded
     const float lost = fmaf(h, -Constants::kLn2Rest, fmaf(h, -Constants::kLn2, -a));
@@ -133,7 +141,24 @@ BCE_EXT_HOST_DEVICE T rough_exp_of_negative(T a) {
     return fmaf(power, lost, power);
   }
 #endif
-  return exp_of_negative(a);
+  if constexpr (kRough && Number<T>::kLooksUp) return rough_exp_by_table(a);
+  // 2^kLift keeps the exponent of every intermediate in the normal range; 2^-kLift, in the polynomial, takes it back,
+  // so that a subnormal result is rounded once, by the last multiplication.
+  constexpr int kLift = Number<T>::kScalesByPower ? 0 : 64;
+  // A sum with this number is rounded to an integer, which then stands in its low bits as the biased exponent of a
+  // power of two.
+  constexpr Scalar<T> kRound =
+      Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits) + Scalar<T>(Format<T>::kExponentBias + kLift);
+  const T rounded = kRound - a * Format<T>::kLog2E;
+  const T n = rounded - kRound;
+  const T r = without_powers_of_two<kRough>(a, n);
+  constexpr Scalar<T> kUnit = power_of_two<Scalar<T>>(-kLift);
+  const T lowered = expm1_quotient<kRough>(r, kUnit) * r + kUnit;
+  if constexpr (Number<T>::kScalesByPower) {
+    return Number<T>::times_power_of_two(lowered, n);
+  } else {
+    return lowered * from_bits<T>(to_bits(rounded) << Format<T>::kMantissaBits);
+  }
 }
 
 // log1p(e) for e in [0, 1].
@@ -159,18 +184,59 @@ BCE_EXT_HOST_DEVICE Split<T> split(T u) {
           from_bits<T>((2 * kBias - biased) << Format<T>::kMantissaBits)};
 }
 
+// The same with u = 2^(n + kLift) * c * (1 + f) for a number c of the table, and 1 + f in [1 - 1/64, 1 + 1/64].
+template <typename T>
+struct SplitByTable {
+  T n;
+  T scale;  // 2^-(n + kLift) / c
+  T log_of_c;
+};
+
+template <int kLift, typename T>
+BCE_EXT_HOST_DEVICE SplitByTable<T> split_by_table(T u) {
+  constexpr int kBitsOfRest = Format<T>::kMantissaBits - kTableBits;
+  constexpr Bits<Scalar<T>> kBias = Format<T>::kExponentBias;
+  constexpr Scalar<T> kRound = Scalar<T>(1.5) * power_of_two<Scalar<T>>(Format<T>::kMantissaBits);
+  // Rounds up to the end of an interval, and carries into the exponent from that place in the table on where c is
+  // halved.
+  constexpr Bits<Scalar<T>> kUp = ((kPlaceOfOne + 1) << kBitsOfRest) - 1;
+  const Bits<T> raised = to_bits(u) + kUp;
+  const Bits<T> place = raised >> kBitsOfRest, biased = raised >> Format<T>::kMantissaBits;
+  const Bits<T> reciprocal = to_bits(Number<T>::look_up(kReciprocals, place));
+  return {from_bits<T>(to_bits(kRound) + biased) - (kRound + Scalar<T>(Format<T>::kExponentBias + kLift)),
+          from_bits<T>((reciprocal + (kBias << Format<T>::kMantissaBits)) - (biased << Format<T>::kMantissaBits)),
+          Number<T>::look_up(kLogs, place)};
+}
+
+// As log_of_split takes it.
+template <int kLift = 0, typename T>
+BCE_EXT_HOST_DEVICE auto split_for_log(T u) {
+  if constexpr (Number<T>::kLooksUp) {
+    return split_by_table<kLift>(u);
+  } else {
+    return split<kLift>(u);
+  }
+}
+
 // log(2^n * (1 + f)). n times the high part of ln(2) is exact, so that it does not matter whether a compiler rounds it.
 template <typename T>
-BCE_EXT_HOST_DEVICE T log_of_split(T n, T f) {
+BCE_EXT_HOST_DEVICE T log_of_split(Split<T> parts, T f) {
   const T rest = rounded((f * f) * centred_log1p_rest(f, Scalar<T>()));
-  return n * Format<T>::kLn2High + ((rest + n * Format<T>::kLn2Low) + f);
+  return parts.n * Format<T>::kLn2High + ((rest + parts.n * Format<T>::kLn2Low) + f);
+}
+
+// log(2^n * c * (1 + f)): relative error of log1p(f) 2^-28. The sum of the logarithms of 2^n and c is exact, too.
+template <typename T>
+BCE_EXT_HOST_DEVICE T log_of_split(SplitByTable<T> parts, T f) {
+  const T rest = rounded((f * f) * polynomial(f, -0.5f, 0.33337384f, -0.25003657f));
+  return (parts.n * Format<T>::kLn2High + parts.log_of_c) + ((rest + parts.n * Format<T>::kLn2Low) + f);
 }
 
 // log1p(p) for p >= 0, below the largest power of two. No rounding of 1 + p is felt, as f is not computed from it.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_nonnegative(T p) {
   const Split<T> parts = split(T(1) + p);
-  return log_of_split(parts.n, p * parts.scale + (parts.scale - T(1)));
+  return log_of_split(parts, p * parts.scale + (parts.scale - T(1)));
 }
 
 // (1 + a) * (1 + b) - 1, so that log1p of it is log1p(a) + log1p(b); exact to the last places for small a and b, too.
@@ -232,45 +298,47 @@ struct Lifted {
 // log(2^-kLift * u) for a normal u > 0. Of 0, a number below that of the smallest normal u.
 template <int kLift, typename T>
 BCE_EXT_HOST_DEVICE T log_of_lifted(T u) {
-  const Split<T> parts = split<kLift>(u);
-  return log_of_split(parts.n, u * parts.scale - T(1));
+  const auto parts = split_for_log<kLift>(u);
+  return log_of_split(parts, u * parts.scale - T(1));
 }
 
 // log(q) for q in [0, 1].
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {
   const Lifted<T> lifted(q);
-  const Split<T> parts = split(lifted.value);
+  auto parts = split_for_log(lifted.value);
   const T f = lifted.value * parts.scale - T(1);
-  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(parts.n - lifted.lift, f));
+  parts.n = parts.n - lifted.lift;
+  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(parts, f));
 }
 
 // log(q) for a normal q in (0, 1] whose complement 1 - q is known to its last places: near 1 the logarithm comes from
 // that.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_by_complement(T q, T complement) {
-  const Split<T> parts = split(q);
+  const auto parts = split_for_log(q);
   const T direct = q * parts.scale - T(1);
   const T by_complement = (parts.scale - T(1)) - complement * parts.scale;
-  return log_of_split(parts.n, select(q < T(0.5), direct, by_complement));
+  return log_of_split(parts, select(q < T(0.5), direct, by_complement));
 }
 
 // log(1 - q) for q in [0, 1]. No rounding of 1 - q is felt: where it is inexact, f is not computed from it.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
-  const Split<T> parts = split(T(1) - q);
+  const auto parts = split_for_log(T(1) - q);
   const T f = (parts.scale - T(1)) - q * parts.scale;
-  return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts.n, f));
+  return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts, f));
 }
 
 // log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0 and -0, a number below -100.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_either(Condition<T> first, T q) {
   const Lifted<T> lifted(magnitude(select(first, q, T(1) - q)));  // the bits of -0 are those of no small number
-  const Split<T> parts = split(lifted.value);
+  auto parts = split_for_log(lifted.value);
   const T f_of_first = lifted.value * parts.scale - T(1);
+  parts.n = parts.n - lifted.lift;
   const T f_of_second = (parts.scale - T(1)) - q * parts.scale;
-  return log_of_split(parts.n - lifted.lift, select(first, f_of_first, f_of_second));
+  return log_of_split(parts, select(first, f_of_first, f_of_second));
 }
 
 // numerator / d for a normal d > 0 whose reciprocal is normal.

@@ -68,6 +68,7 @@ struct Number {
   using Condition = bool;
   static constexpr bool kHasMultiplyAdd = true;  // in one instruction
   static constexpr bool kScalesByPower = false;  // has times_power_of_two(value, n): value * 2^n, rounded once
+  static constexpr bool kLooksUp = false;        // has look_up(table, bits): the entries that the low bits number
 
   static BCE_EXT_HOST_DEVICE Bits to_bits(T value) {
     Bits bits;

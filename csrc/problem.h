@@ -23,6 +23,8 @@ enum class Dtype : int8_t {
   Double,
 };
 
+constexpr bool is_integral(Dtype dtype) { return dtype < Dtype::Half; }
+
 // Walks of more dimensions than this, after neighbours have been collapsed, are made contiguous by the host before a
 // kernel sees them.
 constexpr int kMaxDims = 8;

@@ -20,12 +20,14 @@ enum Wanted {
   kFetched = 16,  // what comes next has been fetched already
 };
 
-// The types in which memory holds the input, the target and the gradient of the input of a block.
-template <typename Input, typename Target, typename Gradient>
+// The types in which memory holds the input, the target and the gradient of the input of a block. `kHalf`: the input
+// has half precision, or had before it was converted.
+template <typename Input, typename Target, typename Gradient, bool kHalf = sizeof(Input) == 2>
 struct InMemory {
   using X = Input;
   using Y = Target;
   using G = Gradient;
+  static constexpr bool kHasHalfPrecision = kHalf;
 };
 
 // What is fetched while a block is computed, the input in its first loop and the rest in the second: by itself the
@@ -111,12 +113,12 @@ enum class Labels {
   Hard,      // 0 or 1
 };
 
-template <Labels kLabels, typename Formula, typename T>
+template <Labels kLabels, bool kRough, typename Formula, typename T>
 BCE_EXT_HOST_DEVICE T first_stage(const Formula& formula, T x, T y) {
   if constexpr (kLabels == Labels::Hard) {
-    return formula.first_stage_of_hard(x, y);
+    return formula.template first_stage_of_hard<kRough>(x, y);
   } else {
-    return formula.first_stage(x);
+    return formula.template first_stage<kRough>(x);
   }
 }
 
@@ -148,7 +150,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   for (int64_t i = 0; kHasFirstStage && i < n; i += kLanes<T>) {
     if constexpr (kFetches) prefetch<T, typename Memory::X>(next.x, i);
     const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);
-    Numbers<T> stage = first_stage<kLabels>(formula, input, target);
+    Numbers<T> stage = first_stage<kLabels, Memory::kHasHalfPrecision>(formula, input, target);
     // log1p(0) adds nothing where the logarithms are joined.
     if constexpr (kLabels == Labels::Adjusted && (kWanted & kSum) != 0) {
       stage = unless(ignored_of(y, i, target, constants.rule), stage);

@@ -161,6 +161,20 @@ BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wa
   return nullptr;
 }
 
+// What computes converted operands as select_compute_in_place would have where they need not be converted, or null: a
+// result does not depend on the layout.
+template <typename T, typename Formula>
+BCE_EXT_TARGET Compute<T> select_compute_of_half(const Problem& problem, int wanted) {
+  if constexpr (std::is_same_v<T, float> && Formula::kJoinsLogarithms) {
+    const Dtype input = problem.input.dtype, target = problem.target.dtype;
+    const bool is_half = input == Dtype::BFloat16 || input == Dtype::Half;
+    if (is_half && (target == input || is_integral(target))) {
+      return select_converting<T, Formula, InMemory<T, T, T, true>>(wanted);
+    }
+  }
+  return nullptr;
+}
+
 // As select_compute_in_place, of logits beside the codes of their targets, for sums that join logarithms.
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute_of_codes(const Problem& problem, int wanted) {
@@ -203,9 +217,10 @@ BCE_EXT_TARGET BlockKernels<T> select_kernels(const Problem& problem, Summation 
   const int stored = gradients | (problem.reduce || problem.loss.data != nullptr ? kLoss : 0);
   const int wanted = summation == Summation::OfStored ? stored : gradients | kSum;
   const bool is_plain = !needs.weight && !needs.pos_weight && !needs.adjusts;
-  const Compute<T> converted = select_compute<T, Formula>(wanted, needs);
+  const Compute<T> of_half = is_plain ? select_compute_of_half<T, Formula>(problem, wanted) : nullptr;
+  const Compute<T> converted = of_half != nullptr ? of_half : select_compute<T, Formula>(wanted, needs);
   return {needs, converted, select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters),
-          joins_logs ? converted : select_compute<T, Formula>(stored, needs),
+          joins_logs || wanted == stored ? converted : select_compute<T, Formula>(stored, needs),
           is_plain     ? select_compute_in_place<T, Formula>(problem, wanted)
           : joins_logs ? select_compute_of_codes<T, Formula>(problem, wanted)
                        : nullptr};

@@ -98,6 +98,7 @@ struct Number<Pack<T, kBytes> > {
   static constexpr bool kHasMultiplyAdd = kBytes > 16;  // x86-64 has it where it has such registers
 #endif
   static constexpr bool kScalesByPower = kBytes == 64;
+  static constexpr bool kLooksUp = kBytes == 64 && sizeof(T) == 4;
 
   static BCE_EXT_HOST_DEVICE Bits to_bits(Numbers x) { return Bits::from_bits_of(x); }
   static BCE_EXT_HOST_DEVICE Numbers from_bits(Bits bits) { return Numbers::from_bits_of(bits); }
@@ -128,6 +129,9 @@ struct Number<Pack<T, kBytes> > {
 #if defined(__x86_64__)
   static BCE_EXT_HOST_DEVICE Numbers times_power_of_two(Numbers value, Numbers n) {
     return {times_power_of_two(value.low, n.low), times_power_of_two(value.high, n.high)};
+  }
+  static BCE_EXT_HOST_DEVICE Numbers look_up(const Table& table, Bits bits) {
+    return {look_up(table, bits.low), look_up(table, bits.high)};
   }
 #endif
 
@@ -164,6 +168,9 @@ struct Number<Pack<T, kBytes> > {
     if constexpr (sizeof(T) == 4) return (Register)_mm512_maskz_scalef_ps(kAll, (__m512)value, (__m512)n);
     if constexpr (sizeof(T) == 8)
       return (Register)_mm512_maskz_scalef_pd(static_cast<__mmask8>(kAll), (__m512d)value, (__m512d)n);
+  }
+  static BCE_EXT_HOST_DEVICE Register look_up(const Table& table, typename Bits::Register bits) {
+    return (Register)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)bits, _mm512_load_ps(table + 16));
   }
 #endif
 };

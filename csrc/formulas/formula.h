@@ -17,7 +17,7 @@ struct FormulaDefaults {
 struct FormulaOfLogit : FormulaDefaults {
   template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage(T x) const {
-    return kRough ? math::rough_exp_of_negative(math::magnitude(x)) : math::exp_of_negative(math::magnitude(x));
+    return math::exp_of_negative<kRough>(math::magnitude(x));
   }
 };
 

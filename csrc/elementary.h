@@ -281,20 +281,6 @@ BCE_EXT_HOST_DEVICE T power(T u, T g) {
   return select(u < T(Format<T>::kSmallestNormal), of_zero, select(is_bounded, beyond, result));
 }
 
-// A number in [0, 1], subnormal ones made normal.
-template <typename T>
-struct Lifted {
-  static constexpr int kLift = 64;
-  T value;
-  T lift;  // value is 2^lift times the number
-
-  BCE_EXT_HOST_DEVICE explicit Lifted(T q) {
-    const Condition<T> subnormal = q < T(Format<T>::kSmallestNormal);
-    value = q * select(subnormal, T(power_of_two<Scalar<T>>(kLift)), T(1));
-    lift = select(subnormal, T(Scalar<T>(kLift)), T(0));
-  }
-};
-
 // log(2^-kLift * u) for a normal u > 0. Of 0, a number below that of the smallest normal u.
 template <int kLift, typename T>
 BCE_EXT_HOST_DEVICE T log_of_lifted(T u) {
@@ -302,14 +288,18 @@ BCE_EXT_HOST_DEVICE T log_of_lifted(T u) {
   return log_of_split(parts, u * parts.scale - T(1));
 }
 
-// log(q) for q in [0, 1].
+// A number in [0, 1] times 2^kUnitLift, a normal one then. The sum makes 0 of -0.
+constexpr int kUnitLift = 64;
+
+template <typename T>
+BCE_EXT_HOST_DEVICE T lifted(T q) {
+  return q * power_of_two<Scalar<T>>(kUnitLift) + T(0);
+}
+
+// log(q) for q in [0, 1]; of 0, a number below -100.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_unit(T q) {
-  const Lifted<T> lifted(q);
-  auto parts = split_for_log(lifted.value);
-  const T f = lifted.value * parts.scale - T(1);
-  parts.n = parts.n - lifted.lift;
-  return select(q == T(0), T(-Format<T>::kInfinity), log_of_split(parts, f));
+  return log_of_lifted<kUnitLift>(lifted(q));
 }
 
 // log(q) for a normal q in (0, 1] whose complement 1 - q is known to its last places: near 1 the logarithm comes from
@@ -330,14 +320,15 @@ BCE_EXT_HOST_DEVICE T log1p_of_negative(T q) {
   return select(q == T(1), T(-Format<T>::kInfinity), log_of_split(parts, f));
 }
 
-// log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0 and -0, a number below -100.
+// log(q) where `first` holds, log(1 - q) elsewhere, for q in [0, 1]; of 0, a number below -100.
 template <typename T>
 BCE_EXT_HOST_DEVICE T log_of_either(Condition<T> first, T q) {
-  const Lifted<T> lifted(magnitude(select(first, q, T(1) - q)));  // the bits of -0 are those of no small number
-  auto parts = split_for_log(lifted.value);
-  const T f_of_first = lifted.value * parts.scale - T(1);
-  parts.n = parts.n - lifted.lift;
-  const T f_of_second = (parts.scale - T(1)) - q * parts.scale;
+  const T u = lifted(select(first, q, T(1) - q));
+  const auto parts = split_for_log<kUnitLift>(u);
+  const T f_of_first = u * parts.scale - T(1);
+  // That of the least 1 - q but 0 is 2^24, or 2^53. Of 0, this keeps it from being infinite.
+  const T scale = at_most(T(power_of_two<Scalar<T>>(kUnitLift)), parts.scale * power_of_two<Scalar<T>>(kUnitLift));
+  const T f_of_second = (scale - T(1)) - q * scale;
   return log_of_split(parts, select(first, f_of_first, f_of_second));
 }
 

@@ -89,7 +89,7 @@ struct Probabilities : FormulaDefaults {
     terms.loss = -(rounded(y * bounded_log_q) + (T(1) - y) * bounded_log_rest);
     terms.summand = terms.loss;
     terms.grad_input = slope_of(q, y);
-    terms.grad_target = log_rest - log_q;
+    terms.grad_target = log_rest - math::select(q == T(0), T(-math::Format<T>::kInfinity), log_q);
     apply_weight(terms, w, scale);
     return terms;
   }

@@ -36,26 +36,6 @@ struct Ahead {
   Stream x, y, w, p;
 };
 
-// The cache lines of a pack that memory holds as S, or as something that is no wider. Inlined for sure: GCC takes a
-// function that only fetches for one without effects, and leaves out its calls.
-template <typename T, typename S = T>
-BCE_EXT_HOST_DEVICE void prefetch(const Stream& stream, int64_t begin) {
-  if constexpr (std::is_same_v<S, LabelCodes>) {
-    __builtin_prefetch(stream.data + begin / LabelCodes::kLabels * sizeof(LabelCodes));
-  } else {
-    constexpr int64_t kStep = kCacheLine / sizeof(S);
-    for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
-  }
-}
-
-// The same of what may be wider where S is T: an integer of 64 bits that is converted has every other line left.
-template <typename T, typename S = T>
-BCE_EXT_HOST_DEVICE void prefetch_any(const Stream& stream, int64_t begin) {
-  prefetch<T, S>(stream, begin);
-  const bool is_wide = std::is_same_v<S, T> && stream.bytes > static_cast<int64_t>(sizeof(T));
-  if (is_wide) prefetch<T, S>({stream.data + kCacheLine, stream.bytes}, begin);
-}
-
 template <bool kGiven, typename T>
 BCE_EXT_HOST_DEVICE auto load_or_one(const T* in, int64_t i) {
   if constexpr (kGiven) {

@@ -149,6 +149,8 @@ BCE_EXT_TARGET ChunkResult count_valid_bytes(const Problem& problem, const Chunk
 
 template <typename T>
 BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, const Chunk& chunk) {
+  // Further than while losses are computed, as counting takes no time.
+  constexpr int64_t kAheadOfCount = 4 * kBlock<T>;
   OperandReader<T> reader(problem, problem.target, chunk);
   const T ignored = static_cast<T>(problem.ignore_index);
   int64_t count = 0;
@@ -160,7 +162,8 @@ BCE_EXT_TARGET ChunkResult count_valid(const Problem& problem, const Chunk& chun
     const T* const targets = reader.block(at, n);
     if constexpr (std::is_same_v<T, float>) {
       if (result.has_codes) {
-        const auto valid = encode_labels(n, targets, ignored, problem.label_codes + at / LabelCodes::kLabels);
+        const Stream ahead{static_cast<const char*>(reader.place(at + kAheadOfCount)), size_of(problem.target.dtype)};
+        const auto valid = encode_labels(n, targets, ignored, ahead, problem.label_codes + at / LabelCodes::kLabels);
         if (valid) {
           count += *valid;
           continue;

@@ -161,16 +161,19 @@ BCE_EXT_TARGET Compute<T> select_compute_in_place(const Problem& problem, int wa
   return nullptr;
 }
 
-// What computes converted operands as select_compute_in_place would have where they need not be converted, or null: a
-// result does not depend on the layout.
+// The kernel for converted operands of a problem in half precision, or null: with the exponential of those that need no
+// conversion, so that no result depends on the layout, on the type of a hard label or on an infinite logit elsewhere.
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute_of_half(const Problem& problem, int wanted) {
   if constexpr (std::is_same_v<T, float> && Formula::kJoinsLogarithms) {
+    using Memory = InMemory<T, T, T, true>;
     const Dtype input = problem.input.dtype, target = problem.target.dtype;
     const bool is_half = input == Dtype::BFloat16 || input == Dtype::Half;
-    if (is_half && (target == input || is_integral(target))) {
-      return select_converting<T, Formula, InMemory<T, T, T, true>>(wanted);
-    }
+    if (!is_half || (target != input && !is_integral(target))) return nullptr;
+    constexpr int kBoth = kLoss | kGradInput;
+    if (wanted == kLoss) return compute<T, Formula, kLoss, false, false, Labels::Any, Memory>;
+    if (wanted == kBoth) return compute<T, Formula, kBoth, false, false, Labels::Any, Memory>;
+    return select_converting<T, Formula, Memory>(wanted);
   }
   return nullptr;
 }

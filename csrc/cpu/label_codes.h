@@ -17,45 +17,62 @@ namespace BCE_EXT_ISA {
 namespace {
 
 #if defined(__x86_64__)
-// The codes of a register full of targets. Adds bits to `without_code` where one is neither 0 nor 1 nor ignored.
-template <typename Register, typename Bits>
-BCE_EXT_HOST_DEVICE LabelCodes codes_of(Register targets, Register ignored, Bits& without_code) {
-  const Register one = Register{} + 1;
-  if constexpr (sizeof(Register) == 64) {
-    const __mmask16 valid = _mm512_cmp_ps_mask((__m512)targets, (__m512)ignored, _CMP_NEQ_UQ);
-    const __mmask16 not_one = _mm512_mask_cmp_ps_mask(valid, (__m512)targets, (__m512)one, _CMP_NEQ_UQ);
-    const __m512i before = (__m512i)without_code;
-    without_code = (Bits)_mm512_mask_or_epi32(before, not_one, before, (__m512i)targets);
-    return {static_cast<uint16_t>(~not_one), valid};
+// A bit for each place of a condition.
+template <typename Condition>
+BCE_EXT_HOST_DEVICE uint32_t bits_of(Condition condition) {
+  if constexpr (sizeof(condition.low) == 32) {
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)condition.low)) |
+           static_cast<uint32_t>(_mm256_movemask_ps((__m256)condition.high)) << Condition::kPerRegister;
   } else {
-    const Bits valid = (Bits)(targets != ignored), not_one = valid & (Bits)(targets != one);
-    without_code |= not_one & (Bits)targets;
-    if constexpr (sizeof(Register) == 32) {
-      return {~_mm256_movemask_ps((__m256)not_one) & 0xffu, static_cast<uint32_t>(_mm256_movemask_ps((__m256)valid))};
-    } else {
-      return {~_mm_movemask_ps((__m128)not_one) & 0xfu, static_cast<uint32_t>(_mm_movemask_ps((__m128)valid))};
-    }
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)condition.low)) |
+           static_cast<uint32_t>(_mm_movemask_ps((__m128)condition.high)) << Condition::kPerRegister;
+  }
+}
+
+// The codes of a pack of targets. Adds bits to `without_code` where one is neither 0 nor 1 nor ignored.
+template <typename Labels, typename Bits>
+BCE_EXT_HOST_DEVICE LabelCodes codes_of(Labels targets, Labels ignored, Bits& without_code) {
+  using Register = typename Labels::Register;
+  if constexpr (sizeof(Register) == 64) {
+    const __m512 low = (__m512)targets.low, high = (__m512)targets.high, one = _mm512_set1_ps(1.0f);
+    const __mmask16 valid_low = _mm512_cmp_ps_mask(low, (__m512)ignored.low, _CMP_NEQ_UQ);
+    const __mmask16 valid_high = _mm512_cmp_ps_mask(high, (__m512)ignored.high, _CMP_NEQ_UQ);
+    const __mmask16 not_one_low = _mm512_mask_cmp_ps_mask(valid_low, low, one, _CMP_NEQ_UQ);
+    const __mmask16 not_one_high = _mm512_mask_cmp_ps_mask(valid_high, high, one, _CMP_NEQ_UQ);
+    auto bits = (__m512i)without_code;
+    bits = _mm512_mask_or_epi32(bits, not_one_low, bits, (__m512i)low);
+    bits = _mm512_mask_or_epi32(bits, not_one_high, bits, (__m512i)high);
+    without_code = (Bits)bits;
+    // The two masks become one number where they are.
+    return {~_cvtmask32_u32(_mm512_kunpackw(not_one_high, not_one_low)),
+            _cvtmask32_u32(_mm512_kunpackw(valid_high, valid_low))};
+  } else {
+    const auto is_ignored = targets == ignored, is_one_or_ignored = is_ignored | (targets == Labels(1.0f));
+    without_code |= (Bits)targets.low & ~(Bits)is_one_or_ignored.low;
+    without_code |= (Bits)targets.high & ~(Bits)is_one_or_ignored.high;
+    constexpr uint32_t kAllPlaces = (1u << Labels::kElements) - 1;
+    return {bits_of(is_one_or_ignored), bits_of(is_ignored) ^ kAllPlaces};
   }
 }
 #endif
 
 // Writes the codes of n targets, which are followed by others up to a whole vector. Returns how many are valid, or
-// nothing where a target has no code, such as one that is not 0 or 1 and, for the sake of one instruction, -0.
-BCE_EXT_TARGET std::optional<int64_t> encode_labels(int64_t n, const float* targets, float ignored, LabelCodes* codes) {
+// nothing where a target has no code, such as one that is not 0 or 1 and, for the sake of one instruction, -0. Fetches
+// what is `ahead` of as many.
+BCE_EXT_TARGET std::optional<int64_t> encode_labels(int64_t n, const float* targets, float ignored, const Stream& ahead,
+                                                    LabelCodes* codes) {
 #if defined(__x86_64__)
   using Labels = Numbers<float>;
-  const Labels ignore_index = ignored;
   typename Vectors<BCE_EXT_VECTOR_BYTES>::Bits without_code = {};
   int64_t valid = 0;
   for (int64_t i = 0; i < n; i += LabelCodes::kLabels) {
     const int64_t labels = smaller(LabelCodes::kLabels, n - i);
     LabelCodes code = {};
     for (int64_t at = 0; at < labels; at += kLanes<float>) {
-      const Labels target = Labels::load(targets + i + at);
-      const LabelCodes low = codes_of(target.low, ignore_index.low, without_code);
-      const LabelCodes high = codes_of(target.high, ignore_index.high, without_code);
-      code.ones |= (low.ones | high.ones << Labels::kPerRegister) << at;
-      code.valid |= (low.valid | high.valid << Labels::kPerRegister) << at;
+      prefetch_any<float>(ahead, i + at);
+      const LabelCodes part = codes_of(Labels::load(targets + i + at), Labels(ignored), without_code);
+      code.ones |= part.ones << at;
+      code.valid |= part.valid << at;
     }
     codes[i / LabelCodes::kLabels] = code;
     valid += __builtin_popcount(code.valid & (~0u >> (LabelCodes::kLabels - labels)));
@@ -64,7 +81,8 @@ BCE_EXT_TARGET std::optional<int64_t> encode_labels(int64_t n, const float* targ
   for (size_t place = 0; place < sizeof(without_code) / sizeof(any); ++place) any |= without_code[place];
   if (any == 0) return valid;
 #else
-  (void)n, (void)targets, (void)ignored, (void)codes;  // there is no instruction that gathers the bits of a comparison
+  (void)n, (void)targets, (void)ignored, (void)ahead,
+      (void)codes;  // there is no instruction that gathers the bits of a comparison
 #endif
   return std::nullopt;
 }

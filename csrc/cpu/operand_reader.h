@@ -37,6 +37,26 @@ struct Stream {
   BCE_EXT_HOST_DEVICE void prefetch(int64_t element) const { __builtin_prefetch(data + element * bytes); }
 };
 
+// The cache lines of a pack that memory holds as S, or as something that is no wider. Inlined for sure: GCC takes a
+// function that only fetches for one without effects, and leaves out its calls.
+template <typename T, typename S = T>
+BCE_EXT_HOST_DEVICE void prefetch(const Stream& stream, int64_t begin) {
+  if constexpr (std::is_same_v<S, LabelCodes>) {
+    __builtin_prefetch(stream.data + begin / LabelCodes::kLabels * sizeof(LabelCodes));
+  } else {
+    constexpr int64_t kStep = kCacheLine / sizeof(S);
+    for (int64_t i = 0; i < kLanes<T>; i += kStep) stream.prefetch(begin + i);
+  }
+}
+
+// The same of what may be wider where S is T: an integer of 64 bits that is converted has every other line left.
+template <typename T, typename S = T>
+BCE_EXT_HOST_DEVICE void prefetch_any(const Stream& stream, int64_t begin) {
+  prefetch<T, S>(stream, begin);
+  const bool is_wide = std::is_same_v<S, T> && stream.bytes > static_cast<int64_t>(sizeof(T));
+  if (is_wide) prefetch<T, S>({stream.data + kCacheLine, stream.bytes}, begin);
+}
+
 // Supplies an operand of one chunk, block by block, in place where memory holds neighbours of the walk as neighbours,
 // in the compute type. What repeats within a block's length is read once per chunk, as a tile that holds every block as
 // a contiguous stretch; what is the same along a row, once per row. A rectangle of a strided operand is read as a

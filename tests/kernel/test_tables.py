@@ -43,7 +43,7 @@ def test_logarithms_add_to_those_of_powers_of_two_without_rounding() -> None:
     assert np.all(table("kLogs") * 2**17 % 1 == 0)
     high = float(np.float32(re.search(r"float kLn2High = ([\d.]+)f", (CSRC / "number.h").read_text())[1]))
     assert high * 2**15 % 1 == 0
-    assert 179 * high + 0.35 < 128  # the least number that is split is 2^-149, times 2^-30 for the odds
+    assert 149 * high + 0.35 < 128  # the least number with a logarithm is 2^-149
 
 
 def test_the_logarithm_of_one_is_zero() -> None:

@@ -108,6 +108,24 @@ def test_a_gradient_does_not_change_the_loss(
         assert torch.equal(with_gradient.detach(), loss(input, target, **options)), seed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_cpu_gradient_of_an_element_depends_on_nothing_else(dtype: torch.dtype) -> None:
+    """Neither on the layout nor on an infinite logit, for which its chunk is evaluated once more."""
+    # Many elements: another exponential shows in few roundings of half precision.
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(16 * CHUNK, generator=generator)).to(dtype)
+    target = torch.rand(16 * CHUNK, generator=generator).to(dtype)
+    target[::CHUNK] = 0.0
+    _, expected = evaluate(WITH_LOGITS, logits, target, None, "sum")
+
+    _, of_gaps = evaluate(WITH_LOGITS, torch.stack([logits, target], 1)[:, 0], target, None, "sum")
+    assert torch.equal(of_gaps, expected)
+    logits[::CHUNK] = -torch.inf
+    _, beside_infinity = evaluate(WITH_LOGITS, logits, target, None, "sum")
+    expected[::CHUNK] = beside_infinity[::CHUNK] = 0.0
+    assert torch.equal(beside_infinity, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_broadcast_weight_sums_as_the_full_one(reduction: str, device: str) -> None:
     shape = (611, 37)

@@ -81,8 +81,8 @@ BCE_EXT_TARGET std::optional<int64_t> encode_labels(int64_t n, const float* targ
   for (size_t place = 0; place < sizeof(without_code) / sizeof(any); ++place) any |= without_code[place];
   if (any == 0) return valid;
 #else
-  (void)n, (void)targets, (void)ignored, (void)ahead,
-      (void)codes;  // there is no instruction that gathers the bits of a comparison
+  // There is no instruction that gathers the bits of a comparison.
+  (void)n, (void)targets, (void)ignored, (void)ahead, (void)codes;
 #endif
   return std::nullopt;
 }

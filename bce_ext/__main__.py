@@ -62,7 +62,13 @@ def report() -> Iterator[tuple[str, object]]:
         kernels = "" if has_cuda_kernels() else ", without kernels of bce_ext"
         yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}{kernels}"
     yield "threads", torch.get_num_threads()
-    for variable in ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "BCE_EXT_ANY_TORCH"):
+    for variable in (
+        "OMP_NUM_THREADS",
+        "ATEN_CPU_CAPABILITY",
+        "CUDA_VISIBLE_DEVICES",
+        "BCE_EXT_ANY_TORCH",
+        "BCE_EXT_CACHE_MIB",
+    ):
         if variable in os.environ:
             yield variable, os.environ[variable]
     yield "enable()", "active" if is_enabled() else "not active"

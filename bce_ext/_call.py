@@ -17,7 +17,7 @@ from bce_ext import _C
 
 __all__ = ["Loss", "as_tensor", "call", "reduction_number"]
 
-Number = float | None
+Option = float | None
 
 
 class Loss(NamedTuple):
@@ -27,19 +27,20 @@ class Loss(NamedTuple):
     function: Callable[..., Tensor]
     operator: Callable[..., Tensor]
     formula: int  # its number in csrc/problem.h
-    options: dict[str, Number]  # with their defaults, in the order of the internal operators
+    options: dict[str, Option]  # with their defaults, in the order of the internal operators
+    option_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, function: Callable[..., Tensor], formula: int, **parameters: Number) -> Loss:
+    def of(cls, function: Callable[..., Tensor], formula: int, **parameters: Option) -> Loss:
         name = function.__name__
         options = {"label_smoothing": 0.0, "ignore_index": None, **parameters}
-        return cls(name, function, getattr(torch.ops.bce_ext, name), formula, options)
+        return cls(name, function, getattr(torch.ops.bce_ext, name), formula, options, tuple(options))
 
 
 def call(
     loss: Loss,
     operands: tuple[Any, ...],
-    options: tuple[Number, ...],
+    options: tuple[Option, ...],
     reduction: str,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -58,7 +59,7 @@ def call(
     is_usual = reduction == "mean" and size_average is None and reduce is None
     number = 1 if is_usual else reduction_number(reduction, size_average, reduce)
     if not is_dynamo_compiling():
-        result = _C.bce(loss.name, loss.formula, operands, options, number)
+        result = _C.bce(loss.name, loss.formula, operands, options, loss.option_names, number)
         if result is not NotImplemented:
             return result  # type: ignore[no-any-return]
     # Compilers and tracers see public operators only.
@@ -80,7 +81,7 @@ def _legacy_number(size_average: bool | None, reduce: bool | None) -> int:
     return _Reduction.legacy_get_enum(size_average, reduce)
 
 
-def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Number, ...]) -> dict[str, Any]:
+def _given(loss: Loss, operands: tuple[Any, ...], options: tuple[Option, ...]) -> dict[str, Any]:
     """The keyword arguments that are not at their defaults."""
     by_name = zip(("weight", "pos_weight", "normalizer"), operands[2:], strict=True)
     keywords = {name: operand for name, operand in by_name if operand is not None}

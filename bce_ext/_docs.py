@@ -38,6 +38,12 @@ gamma_neg: the exponent of the focusing factor of negatives, at least 0.
 FOCUSING = """\
 detach_focusing: whether the focusing factor is taken for a constant in the gradients.
     eps: the smallest probability in a logarithm."""
+RAISES = """\
+ValueError: input and target differ in size, ``reduction`` is unknown or not ``'mean'`` with a ``normalizer``, or a number is out of its range.
+    RuntimeError: a weight does not broadcast, the devices differ, a target or a weight is complex, or, on the CPU, an integer target is neither 0 nor 1
+        nor ``ignore_index``. On CUDA such a target is a device-side assertion.
+    NotImplementedError: the input is not of a floating dtype.
+    ArgumentTypeError: an argument is neither the tensor nor the number that is expected."""
 
 SHARED = {
     "weight": WEIGHT,
@@ -49,6 +55,7 @@ SHARED = {
     "focal": FOCAL,
     "asymmetric": ASYMMETRIC,
     "focusing": FOCUSING,
+    "raises": RAISES,
 }
 
 

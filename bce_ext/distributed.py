@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -74,31 +74,29 @@ def _register() -> None:
 
     ops = torch.ops.bce_ext
 
-    def outputs_of(op: Any, arguments: Sequence[Any], shard: Any) -> list[Any]:
+    def outputs_of(op: Any, arguments: Mapping[str, Any], shard: Any) -> list[Any]:
         """The placements of the outputs where the input is placed as `shard`, which may be Replicate()."""
         reduced: Any = Partial() if shard.is_shard() else shard
         if op is ops._bce_loss_and_grad.default:
             return [reduced, shard]
         if op is ops._bce_backward.default:
-            return [shard if wanted else Replicate() for wanted in arguments[9]]
+            return [shard if wanted else Replicate() for wanted in arguments["output_mask"]]
         if op is ops._bce_loss.default:
-            return [reduced if arguments[7] else shard]
+            return [reduced if arguments["reduce"] else shard]
         if op is ops._count_valid.default:
             return [reduced]
         if shard.is_shard() and averages(op, arguments):
             return [Partial("avg")]
-        return [reduced if arguments[7] else shard]
+        return [reduced if arguments["reduction"] else shard]
 
-    def averages(op: Any, arguments: Sequence[Any]) -> bool:
+    def averages(op: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether the divisor is the number of elements."""
-        return op is ops._bce.default and arguments[7] == _MEAN and arguments[4] is None
+        return op is ops._bce.default and arguments["reduction"] == _MEAN and arguments["normalizer"] is None
 
     def strategy(schema: OpSchema) -> OpStrategy:
         op = schema.op
-        arguments: list[Any] = [
-            *schema.args_schema,
-            *(each.default_value for each in op._schema.arguments[len(schema.args_schema) :]),
-        ]
+        defaults: dict[str, Any] = {each.name: each.default_value for each in op._schema.arguments}
+        arguments = defaults | dict(zip(defaults, schema.args_schema, strict=False))  # the given ones are the first
         strategies = schema.args_strategy
         operands = [each.strategies[0].output_spec for each in strategies]
         input, target = operands[0], operands[0 if op is ops._count_valid.default else 1]
@@ -106,7 +104,8 @@ def _register() -> None:
         # _bce reaches DTensor where autograd is off altogether, as in inference mode. It has no divisor, so that the mean of uneven shards, or of those
         # that ignore different numbers of elements, takes the whole input.
         takes_whole = averages(op, arguments)
-        ignores = takes_whole and len(arguments[6]) > 1 and not math.isnan(arguments[6][1])
+        options: Sequence[float] = arguments["options"] if takes_whole else ()
+        ignores = len(options) > 1 and not math.isnan(options[1])
 
         columns = []  # for each dimension of the mesh: the placements of the outputs, then those of the operands
         for of_input, of_target in zip(input.placements, target.placements, strict=True):

@@ -60,9 +60,7 @@ def binary_cross_entropy_with_logits(
         The loss, in the promoted dtype of ``input`` and a floating ``target``. An empty input has mean NaN and sum 0.
 
     Raises:
-        ValueError: ``target`` has another size than ``input``, ``reduction`` is unknown or not ``'mean'`` beside a normalizer, or a number is out of its range.
-        RuntimeError: an integer target on the CPU is no label, a weight does not broadcast, the devices differ, or an argument is complex.
-        NotImplementedError: ``input`` is not of a floating dtype.
+        $raises
 
     Note:
         Arithmetic is in float32 (float64 for float64), rounded once when stored. Sums are taken in a fixed order, the larger part of it in float64, so that
@@ -119,7 +117,7 @@ def binary_cross_entropy(
 
     Args:
         input: probabilities of any shape, float64, float32, bfloat16 or float16, in :math:`[0, 1]`.
-        target: the same shape, any real dtype: bool, integer or floating.
+        target: the same shape, any real dtype, in :math:`[0, 1]`.
         $weight
         $deprecated
         $reduction
@@ -132,8 +130,8 @@ def binary_cross_entropy(
         The loss, in the promoted dtype of ``input`` and a floating ``target``. An empty input has mean NaN and sum 0.
 
     Raises:
-        ValueError: ``target`` has another size than ``input``, or ``reduction`` is unknown.
-        RuntimeError: a probability on the CPU is outside :math:`[0, 1]`, a weight does not broadcast, or the devices differ.
+        $raises
+        RuntimeError: on the CPU, a probability or a target is outside of :math:`[0, 1]`. On CUDA that is a device-side assertion.
 
     Note:
         Allowed under autocast, where native raises an error on CUDA. Precision and determinism as for
@@ -200,9 +198,7 @@ def sigmoid_focal_loss(
         The loss, in the promoted dtype of ``inputs`` and a floating ``targets``. An empty input has mean NaN and sum 0.
 
     Raises:
-        ValueError: ``targets`` has another size than ``inputs``, ``reduction`` is unknown, or ``alpha`` or ``gamma`` is out of range.
-        RuntimeError: a weight does not broadcast, the devices differ, or an integer target is neither 0 nor 1.
-        NotImplementedError: ``inputs`` is not of a floating dtype.
+        $raises
 
     Note:
         Precision and determinism as for :func:`binary_cross_entropy_with_logits`. From Lin et al., Focal Loss for Dense Object Detection, 2017.
@@ -272,9 +268,7 @@ def asymmetric_loss(
         The loss, in the promoted dtype of ``input`` and a floating ``target``. An empty input has mean NaN and sum 0.
 
     Raises:
-        ValueError: ``target`` has another size than ``input``, ``reduction`` is unknown, or a parameter is out of range.
-        RuntimeError: a weight does not broadcast, the devices differ, or an integer target is neither 0 nor 1.
-        NotImplementedError: ``input`` is not of a floating dtype.
+        $raises
 
     Note:
         Precision and determinism as for :func:`binary_cross_entropy_with_logits`. From Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2021.

@@ -44,15 +44,15 @@ def linear_binary_cross_entropy_with_logits(
         \frac{\partial \ell}{\partial h} = g W, \qquad \frac{\partial \ell}{\partial W} = g^\top h, \qquad
         \frac{\partial \ell}{\partial b} = g^\top 1, \qquad g = \frac{\partial \ell}{\partial x},
 
-    so that beside these gradients a few blocks are all the memory it takes. Only those gradients are computed that are asked for.
+    so that all the memory it takes is these gradients and a few blocks. Only those gradients are computed that are asked for.
 
     Args:
         input: the features, float64, float32, bfloat16 or float16.
         linear_weight: the weight of the layer, of the dtype of ``input``. Under autocast, which casts input, weight and bias for the products, their dtypes may
             differ. A :class:`torch.distributed.tensor.DTensor` that is sharded on dimension 0 divides the labels among processes.
-        target: dense of any real dtype; ``torch.sparse_csr`` or ``torch.sparse_coo`` of the same size, where what is not listed is 0 and what is listed more
-            than once is added up; or class indices, one integer for each row, which is its one positive label, negative for none. Class indices stand for
-            targets of 0 and 1: beside them, ``ignore_index`` is one of these.
+        target: one of three kinds. Dense, of any real dtype. Sparse, ``torch.sparse_csr`` or ``torch.sparse_coo`` of the size of the logits: what is not
+            listed is 0, what is listed more than once is added up. Or class indices, an integer for each row: its one positive label, negative for none.
+            They stand for targets of 0 and 1, so that ``ignore_index`` must be one of these.
         linear_bias: the bias of the layer.
         $weight
         $pos_weight
@@ -69,7 +69,7 @@ def linear_binary_cross_entropy_with_logits(
         The loss, in the dtype of ``input``, promoted with that of a floating ``target``; under autocast float32 at least.
 
     Raises:
-        ValueError: ``target`` has a size that does not go with the logits, ``reduction`` is unknown, or ``ignore_index`` is not 0 or 1 beside class indices.
+        ValueError: ``target`` has a size that does not go with the logits, ``reduction`` is unknown, or ``ignore_index`` is not 0 or 1 with class indices.
         IndexError: a class index is not below the number of labels.
         RuntimeError: the number of features or, outside of autocast, the dtypes differ, a sparse target is not valid, a weight does not broadcast, or the
             devices differ.
@@ -155,6 +155,7 @@ def siglip_loss(
 
     Note:
         It is :func:`linear_binary_cross_entropy_with_logits` with the texts as labels, and class indices :math:`0, \dots, N - 1`.
+        From Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
 
     Example::
 

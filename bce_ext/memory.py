@@ -10,9 +10,9 @@ __all__ = ["empty_cache"]
 def empty_cache() -> None:
     """Gives the memory that freed gradients on the CPU left behind back to the system.
 
-    Blocks of 1 MiB and more are kept for the next gradient: at most 128 MiB that count as the process's own, or as many MiB as the environment variable
-    ``BCE_EXT_CACHE_MIB`` says when bce_ext is loaded; 0 keeps nothing. The same as ``torch.ops.bce_ext.empty_cache()``. Memory on a GPU is torch's:
-    :func:`torch.cuda.empty_cache`.
+    Up to four freed blocks of 1 MiB and more are kept for the next gradient. 128 MiB of them count as the process's own; the system may take the rest
+    when it needs memory. The environment variable ``BCE_EXT_CACHE_MIB``, read when bce_ext is loaded, replaces the 128; 0 keeps nothing. The same as
+    ``torch.ops.bce_ext.empty_cache()``. For memory on a GPU there is :func:`torch.cuda.empty_cache`.
 
     Example::
 

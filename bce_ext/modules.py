@@ -17,11 +17,18 @@ from bce_ext.linear import loss_of_logits
 __all__ = ["AsymmetricLoss", "BCELoss", "BCEWithLogitsLoss", "LinearBCEWithLogitsLoss", "SigmoidFocalLoss"]
 
 
-class _Options(torch.nn.Module):
-    """What every loss of the package offers beyond native."""
+def _either(given: Tensor | float | None, own: Tensor | None) -> Any:
+    return own if given is None else given
 
-    label_smoothing: float
-    ignore_index: float | None
+
+torch.fx.wrap("_either")  # a symbolic trace does not know yet what will be given
+
+
+class _Options(torch.nn.Module):
+    """What every loss of the package offers beyond torch's. The defaults are for instances that another class has initialised."""
+
+    label_smoothing: float = 0.0
+    ignore_index: float | None = None
     weight: Tensor | None
     pos_weight: Tensor | None
     normalizer: Tensor | None
@@ -33,19 +40,19 @@ class _Options(torch.nn.Module):
         self.ignore_index = None if ignore_index is None else float(ignore_index)
         _hold(self, "normalizer", normalizer)
 
-    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weight and pos_weight, and the normalizer of the call, or else of the module."""
         if is_scripting():
             given = as_tensor(normalizer)
             return self.weight, self.pos_weight, self.normalizer if given is None else given
         find = _finder(self)
-        own = find(self, "normalizer") if normalizer is None else normalizer
-        return find(self, "weight"), find(self, "pos_weight"), own
+        return find(self, "weight"), find(self, "pos_weight"), _either(normalizer, find(self, "normalizer"))
 
     def extra_repr(self) -> str:
         options = {"label_smoothing": self.label_smoothing or None, "ignore_index": self.ignore_index}
-        if self.normalizer is not None and "normalizer" in vars(self):  # a number
-            options["normalizer"] = float(self.normalizer)
+        number = vars(self).get("normalizer")  # a tensor is a buffer
+        if number is not None:
+            options["normalizer"] = float(number)
         texts = (f"{name}={_text(value)}" for name, value in options.items() if value is not None)
         return ", ".join(filter(None, [super().extra_repr(), *texts]))
 
@@ -108,7 +115,7 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
         self._set_options(label_smoothing, ignore_index, normalizer)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
-        weight, pos_weight, normalizer = self._tensors(normalizer)
+        weight, pos_weight, divisor = self._tensors(normalizer)
         return F.binary_cross_entropy_with_logits(
             input,
             target,
@@ -117,7 +124,7 @@ class BCEWithLogitsLoss(_Options, torch.nn.BCEWithLogitsLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            normalizer=divisor,
         )
 
 
@@ -159,15 +166,15 @@ class BCELoss(_Options, torch.nn.BCELoss):
         _hold(self, "weight", weight)
         self._set_options(label_smoothing, ignore_index, normalizer)
 
-    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+    def _tensors(self, normalizer: Tensor | float | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if is_scripting():
             given = as_tensor(normalizer)
             return self.weight, None, self.normalizer if given is None else given
         find = _finder(self)
-        return find(self, "weight"), None, find(self, "normalizer") if normalizer is None else normalizer
+        return find(self, "weight"), None, _either(normalizer, find(self, "normalizer"))
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
-        weight, _, normalizer = self._tensors(normalizer)
+        weight, _, divisor = self._tensors(normalizer)
         return F.binary_cross_entropy(
             input,
             target,
@@ -175,7 +182,7 @@ class BCELoss(_Options, torch.nn.BCELoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            normalizer=divisor,
         )
 
 
@@ -220,7 +227,7 @@ class SigmoidFocalLoss(_Options, _Weighted):
         self.alpha, self.gamma = float(alpha), float(gamma)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
-        weight, pos_weight, normalizer = self._tensors(normalizer)
+        weight, pos_weight, divisor = self._tensors(normalizer)
         return F.sigmoid_focal_loss(
             input,
             target,
@@ -231,7 +238,7 @@ class SigmoidFocalLoss(_Options, _Weighted):
             pos_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            normalizer=divisor,
         )
 
     def extra_repr(self) -> str:
@@ -283,7 +290,7 @@ class AsymmetricLoss(_Options, _Weighted):
         self.detach_focusing, self.eps = bool(detach_focusing), float(eps)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
-        weight, pos_weight, normalizer = self._tensors(normalizer)
+        weight, pos_weight, divisor = self._tensors(normalizer)
         return F.asymmetric_loss(
             input,
             target,
@@ -295,7 +302,7 @@ class AsymmetricLoss(_Options, _Weighted):
             self.reduction,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
-            normalizer=normalizer,
+            normalizer=divisor,
             detach_focusing=self.detach_focusing,
             eps=self.eps,
         )
@@ -359,14 +366,14 @@ class LinearBCEWithLogitsLoss(_Options, _Weighted):
         self.linear = torch.nn.Linear(in_features, num_labels, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None) -> Tensor:
-        weight, pos_weight, normalizer = self._tensors(normalizer)
+        weight, pos_weight, divisor = self._tensors(normalizer)
         options: dict[str, Any] = {
             "weight": weight,
             "pos_weight": pos_weight,
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,
             "ignore_index": self.ignore_index,
-            "normalizer": normalizer,
+            "normalizer": divisor,
         }
         if not _is_product(self.linear):
             return loss_of_logits(self.linear(input), target, **options)
@@ -407,12 +414,16 @@ def _hold(module: torch.nn.Module, name: str, value: Tensor | float | None) -> N
 
 def _finder(module: torch.nn.Module) -> Callable[[torch.nn.Module, str], Tensor | None]:
     """``getattr`` or, since that takes 0.6 µs to find a buffer and a small loss no more than a few, what does the same for the classes of this file."""
-    return _find if type(module).__module__ == __name__ else getattr
+    return _find if type(module).__module__ == __name__ else _get
 
 
 def _find(module: torch.nn.Module, name: str) -> Tensor | None:
     buffers = module._buffers
-    return buffers[name] if name in buffers and name not in module.__dict__ else getattr(module, name)
+    return buffers[name] if name in buffers and name not in module.__dict__ else _get(module, name)
+
+
+def _get(module: torch.nn.Module, name: str) -> Tensor | None:
+    return getattr(module, name, None) if name == "normalizer" else getattr(module, name)
 
 
 def _text(number: float) -> str:

@@ -67,7 +67,7 @@ class Part:
         self.mesh = linear_weight.device_mesh
         replicated = [Replicate()] * self.mesh.ndim
         if input.dim() != 2:
-            raise ValueError(f"expected an input of rows beside sharded labels, but got {input.dim()} dimensions")
+            raise ValueError(f"expected an input of two dimensions with sharded labels, but got {input.dim()}")
         of_rows = list(input.placements) if isinstance(input, DTensor) else replicated
         of_labels = list(linear_weight.placements)
         for own, other in zip(of_rows, of_labels, strict=True):

@@ -2,7 +2,7 @@
 
     python benchmarks/benchmark.py              # the limit, a sweep over the sizes, memory, a grid over everything
     python benchmarks/benchmark.py --quick      # a part of each
-    python benchmarks/benchmark.py --targets    # only what the package promises, and whether this machine shows it
+    python benchmarks/benchmark.py --aims       # the speed and memory that are aimed at, and the grid
     python benchmarks/benchmark.py --device cuda
 
 Tables go to the terminal, CSV files and plots into the output directory.
@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from aims import check_aims
 from cases import IMPLEMENTATIONS, Case
 from family import run_family
 from grid import Grid, run_grid
@@ -25,7 +26,6 @@ from limit import run_limit
 from memory import run_memory
 from report import environment, write_csv
 from sweep import run_sweep
-from targets import check_targets
 from terminal import print_table, say
 
 HAS_MATPLOTLIB = find_spec("matplotlib") is not None
@@ -83,19 +83,21 @@ def main() -> None:
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--quick", action="store_true", help="a part, in under 3 minutes")
     how_much.add_argument("--smoke", action="store_true", help="hardly anything: that it runs")
-    how_much.add_argument("--targets", action="store_true", help="what the package promises on a CPU, and the grid")
+    how_much.add_argument(
+        "--aims", action="store_true", help="the speed and memory that are aimed at on a CPU, and the grid"
+    )
     parser.add_argument(
-        "--only", nargs="+", choices=("targets", "family", "limit", "sweep", "memory", "grid"), help="only these parts"
+        "--only", nargs="+", choices=("aims", "family", "limit", "sweep", "memory", "grid"), help="only these parts"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case of the targets")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each of the aims")
     parser.add_argument("--output", type=Path, default=Path("build/benchmark"), help="where CSV files and plots go")
     args = parser.parse_args()
     plan = QUICK if args.quick else SMOKE if args.smoke else FULL
-    parts = args.only or (("targets", "grid") if args.targets else ("limit", "sweep", "memory", "grid"))
-    if "targets" in parts and args.device != "cpu":
-        parser.error("the targets are those of the CPU")
+    parts = args.only or (("aims", "grid") if args.aims else ("limit", "sweep", "memory", "grid"))
+    if "aims" in parts and args.device != "cpu":
+        parser.error("the aims are those of the CPU")
 
     start = time.monotonic()
     torch.set_num_threads(args.threads)
@@ -106,8 +108,8 @@ def main() -> None:
     print_table("Environment", ("", ""), facts.items())
 
     where = {"threads": args.threads, "device": args.device}
-    if "targets" in parts:
-        write_csv(output / "targets.csv", check_targets(args.threads, args.seconds))
+    if "aims" in parts:
+        write_csv(output / "aims.csv", check_aims(args.threads, args.seconds))
     if "family" in parts:
         rows = run_family(args.device, args.threads, plan.seconds, plan.min_rounds)
         write_csv(output / "family.csv", rows)

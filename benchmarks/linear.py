@@ -1,22 +1,21 @@
 """A linear layer and its loss: time and memory over the number of labels, for torch, torch.compile, F.linear with our plain loss, and ours.
 
-The products alone are the three matrix products that any of them needs, cut into the blocks that ours has. Writes linear.csv and linear.svg.
+The products alone are the three matrix products that any of them needs, cut into the blocks that ours has. Writes linear_time.csv, linear_memory.csv,
+linear_grid.csv and linear.svg.
 
-    python benchmarks/linear.py [--quick] [--output DIRECTORY]
+    python benchmarks/linear.py [--quick] [--only time|memory|grid] [--threads N] [--seconds S] [--output DIRECTORY]
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from processes import _status_bytes, in_fresh_process
+from processes import in_fresh_process, peak_rss
 from report import Row, environment, write_csv
 from terminal import print_table
 from timing import measure, repeat
@@ -119,13 +118,8 @@ def peak(problem: Problem, name: str) -> tuple[int, int]:
         torch.set_num_threads(problem.threads)
     step(problem if name == "compile" else replace(problem, rows=1024, labels=1024), name)()  # compiles, starts threads
     run = step(problem, name)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to what is resident
-    before = _status_bytes("VmRSS")
-    run()
     gradients = problem.rows * problem.features + problem.labels * (problem.features + (not problem.siglip))
-    return _status_bytes("VmHWM") - before, gradients * getattr(torch, problem.dtype).itemsize
+    return peak_rss(run), gradients * getattr(torch, problem.dtype).itemsize
 
 
 def memory_rows(problems: list[Problem], names: tuple[str, ...]) -> list[Row]:
@@ -188,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller problems")
     parser.add_argument("--only", choices=("time", "memory", "grid"), help="one part")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=Path("build/benchmark"))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each problem")
     arguments = parser.parse_args()

@@ -42,13 +42,19 @@ def peak_memory(case: Case, implementation: str) -> int:
     # others start with a small one, as we keep the memory of a large gradient that was freed.
     prepare(case if implementation == "compile" else replace(case, shape=(16,) * len(case.shape)))()
     step = prepare(case)
+    if case.device == "cpu":
+        return peak_rss(step)
     gc.collect()
-    if case.device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_rss(step: Callable[[], object]) -> int:
+    """Peak resident bytes of a call beyond what was resident before it."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to what is resident now
     before = _status_bytes("VmRSS")

@@ -36,12 +36,20 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool needs_composite(const Arguments& arguments) {
-  return transform_is_active() || !has_kernel(arguments.input) || has_tangent(arguments.input) ||
-         has_tangent(arguments.target) || has_tangent(arguments.weight) || has_tangent(arguments.pos_weight) ||
-         has_tangent(arguments.normalizer) ||
+// What the operators have no kernel or graph for.
+bool asks_for_more(const Arguments& arguments) {
+  return !has_kernel(arguments.input) || has_tangent(arguments.input) || has_tangent(arguments.target) ||
+         has_tangent(arguments.weight) || has_tangent(arguments.pos_weight) || has_tangent(arguments.normalizer) ||
          (at::GradMode::is_enabled() && (requires_grad(arguments.weight) || requires_grad(arguments.pos_weight) ||
                                          requires_grad(arguments.normalizer)));
+}
+
+bool needs_composite(const Arguments& arguments) { return transform_is_active() || asks_for_more(arguments); }
+
+// Whether the node can be that of a transform: of torch.func.grad or vjp, since autograd sees nothing of a vmap, and a
+// tangent asks for more. It keeps no gradient then, as backward is differentiated in turn.
+bool has_node_in_transforms(const Arguments& arguments) {
+  return !derives_gradients(arguments) && !arguments.ignore_index() && !is_defined(arguments.normalizer);
 }
 
 bool needs_graph(const Arguments& arguments) {
@@ -52,16 +60,16 @@ bool needs_graph(const Arguments& arguments) {
 // backward with the factor known: that moves no more bytes than to store, load and scale it.
 bool stores_gradient(const Arguments& arguments, int64_t reduction) {
   return reduction != at::Reduction::None && arguments.input.requires_grad() && !arguments.target.requires_grad() &&
-         arguments.input.scalar_type() != at::kHalf;
+         arguments.input.scalar_type() != at::kHalf && !transform_is_active();
 }
 
-// What the node keeps beside the inputs. Small losses are bound by the cost of the node: the numbers share one entry,
+// What the node keeps beside the inputs. Small losses are bound by the cost of the node: these flags share one entry,
 // and options have one where there are any.
 constexpr auto kGradient = "gradient";
-constexpr auto kNumbers = "numbers";
+constexpr auto kFlags = "flags";
 constexpr auto kOptions = "options";
 
-struct Numbers {
+struct SavedFlags {
   int64_t formula;
   int64_t reduction;
   at::ScalarType dtype;
@@ -70,7 +78,7 @@ struct Numbers {
   int64_t pack() const {
     return (formula << 16) | (static_cast<int64_t>(counted) << 15) | (static_cast<int64_t>(dtype) << 2) | reduction;
   }
-  static Numbers unpack(int64_t packed) {
+  static SavedFlags unpack(int64_t packed) {
     return {packed >> 16, packed & 3, static_cast<at::ScalarType>((packed >> 2) & 0x1fff), ((packed >> 15) & 1) != 0};
   }
 };
@@ -89,8 +97,7 @@ std::tuple<Tensor, Tensor> differentiable_backward(const Arguments& arguments, c
   if (is_recorded()) {
     // A gradient that is derived by autograd is made of tensors that the record does not know. torch.jit.trace, in
     // turn, does not know lists of bools.
-    const bool is_derived = arguments.kind() == Formula::Focal || arguments.kind() == Formula::Asymmetric;
-    return is_derived && !torch::jit::tracer::isTracing()
+    return derives_gradients(arguments) && !torch::jit::tracer::isTracing()
                ? bce_backward(arguments, grad_output, std::move(divisor), output_mask)
                : composite_backward(arguments, grad_output, divisor, output_mask);
   }
@@ -127,7 +134,7 @@ struct BCEFunction {
       loss = loss_without_grad(arguments, reduction, dtype);
     }
     const bool counted = is_defined(normalizer) && !is_defined(given.normalizer);
-    ctx->saved_data[kNumbers] = Numbers{arguments.formula, reduction, dtype, counted}.pack();
+    ctx->saved_data[kFlags] = SavedFlags{arguments.formula, reduction, dtype, counted}.pack();
     if (!arguments.options.empty()) ctx->saved_data[kOptions] = arguments.options.vec();
     ctx->save_for_backward({arguments.input, arguments.target, arguments.weight.value_or(Tensor()),
                             arguments.pos_weight.value_or(Tensor()), arguments.normalizer.value_or(Tensor())});
@@ -150,24 +157,24 @@ struct BCEFunction {
     }
     if (stored != saved_data.end()) stored->second = c10::IValue();  // a graph that is freed has no answer left
     const auto saved = ctx->get_saved_variables();
-    const auto numbers = Numbers::unpack(saved_data[kNumbers].toInt());
+    const auto flags = SavedFlags::unpack(saved_data[kFlags].toInt());
     // A record of this does not know the count.
     const OptionalTensor weight = optional(saved[2]), pos_weight = optional(saved[3]),
-                         saved_normalizer = numbers.counted && is_recorded() ? std::nullopt : optional(saved[4]);
+                         saved_normalizer = flags.counted && is_recorded() ? std::nullopt : optional(saved[4]);
     const auto saved_options = saved_data.find(kOptions);
     const auto options =
         saved_options == saved_data.end() ? std::vector<double>() : saved_options->second.toDoubleVector();
-    const Arguments kept{saved[0], saved[1], weight, pos_weight, saved_normalizer, numbers.formula, options};
+    const Arguments kept{saved[0], saved[1], weight, pos_weight, saved_normalizer, flags.formula, options};
     // Memory that was there in the forward pass may be gone. Before the dispatcher resolves a negated view of it.
     check_arguments(kept);
     if (is_stored) {
       // By the same steps as the first time, so that it has the same bits.
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return {scaled(std::get<1>(loss_and_grad(kept, numbers.reduction, numbers.dtype)), grad_output), Tensor()};
+      return {scaled(std::get<1>(loss_and_grad(kept, flags.reduction, flags.dtype)), grad_output), Tensor()};
     }
-    const OptionalTensor normalizer = normalizer_of(kept, numbers.reduction);
+    const OptionalTensor normalizer = normalizer_of(kept, flags.reduction);
     const Arguments arguments = kept.with_normalizer(normalizer);
-    const auto divisor = divisor_of(arguments, numbers.reduction);
+    const auto divisor = divisor_of(arguments, flags.reduction);
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = differentiable_backward(arguments, grad_output, divisor, wanted);
     return {wanted[0] ? grad_input : Tensor(), wanted[1] ? grad_target : Tensor()};
@@ -215,7 +222,7 @@ Tensor bce_autograd(const Arguments& given, int64_t reduction, std::optional<at:
   check_reduction(given, reduction);
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(given));
   check_loss_dtype(dtype);
-  if (needs_composite(given)) {
+  if (asks_for_more(given) || (transform_is_active() && !has_node_in_transforms(given))) {
     const OptionalTensor normalizer = normalizer_of(given, reduction);
     return composite_loss(given.with_normalizer(normalizer), reduction, dtype);
   }

@@ -30,11 +30,13 @@ bool is_recorded() {
   return torch::jit::tracer::isTracing() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
 }
 
-bool is_hard_label(at::ScalarType target_dtype) { return at::isIntegralType(target_dtype, /*includeBool=*/true); }
+bool is_label_type(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/true); }
+
+bool is_real(at::ScalarType type) { return at::isFloatingType(type) || is_label_type(type); }
 
 bool is_rounded_label(double number, at::ScalarType target_dtype) {
   constexpr double kFirstGap = 1 << 24;
-  return is_hard_label(target_dtype) && std::abs(number) >= kFirstGap;
+  return is_label_type(target_dtype) && std::abs(number) >= kFirstGap;
 }
 
 bool is_arithmetic(at::ScalarType type) {
@@ -75,8 +77,8 @@ void check_operand(const Arguments& arguments, const Tensor& operand, const char
   const Tensor& input = arguments.input;
   TORCH_CHECK(operand.device() == input.device() || (operand.dim() == 0 && operand.is_cpu()), name_of(arguments),
               ": expected ", what, " on the device of input (", input.device(), "), but got ", operand.device());
-  TORCH_CHECK(at::isFloatingType(operand.scalar_type()) || is_hard_label(operand.scalar_type()), name_of(arguments),
-              ": expected a real ", what, ", but got ", operand.scalar_type());
+  TORCH_CHECK(is_real(operand.scalar_type()), name_of(arguments), ": expected a real ", what, ", but got ",
+              operand.scalar_type());
   TORCH_CHECK(operand.layout() == at::kStrided, name_of(arguments), ": expected a strided ", what, ", but got ",
               operand.layout());
   TORCH_CHECK(broadcasts_to(operand.sym_sizes(), input.sym_sizes()), name_of(arguments), ": expected ", what,
@@ -204,7 +206,7 @@ void check_reduction(const Arguments& arguments, int64_t reduction) {
   TORCH_CHECK_VALUE(reduction >= at::Reduction::None && reduction < at::Reduction::END, reduction,
                     " is not a valid value for reduction: expected 0 (none), 1 (mean) or 2 (sum)");
   TORCH_CHECK_VALUE(reduction == at::Reduction::Mean || !is_defined(arguments.normalizer), name_of(arguments),
-                    ": expected reduction 'mean' beside a normalizer, but got '",
+                    ": expected reduction 'mean' with a normalizer, but got '",
                     reduction == at::Reduction::None ? "none" : "sum", "'");
 }
 
@@ -213,8 +215,7 @@ void check_loss_dtype(at::ScalarType dtype) {
 }
 
 void check_count(const Tensor& target, double ignore_index) {
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()),
-              "_count_valid: expected a real target, but got ", target.scalar_type());
+  TORCH_CHECK(is_real(target.scalar_type()), "_count_valid: expected a real target, but got ", target.scalar_type());
   TORCH_CHECK(target.layout() == at::kStrided, "_count_valid: expected a strided target, but got ", target.layout());
   TORCH_CHECK_VALUE(!std::isnan(ignore_index), "_count_valid: expected ignore_index to be a number, but got nan");
   check_storage(target, "target");
@@ -245,7 +246,7 @@ void check_arguments(const Arguments& arguments) {
   check_operand(arguments, arguments.weight, "weight");
   check_operand(arguments, arguments.pos_weight, "pos_weight");
   TORCH_CHECK(!(arguments.takes_probabilities() && is_defined(arguments.pos_weight)), name_of(arguments),
-              ": expected no pos_weight beside probabilities");
+              ": expected no pos_weight with probabilities");
   if (is_defined(arguments.normalizer)) {
     TORCH_CHECK_VALUE(arguments.normalizer->dim() == 0, name_of(arguments),
                       ": expected a normalizer of one number, but got size ", arguments.normalizer->sym_sizes());

@@ -145,15 +145,19 @@ Tensor elementwise_loss(const Arguments& arguments, const Operands& operands) {
   return operands.cleared(operands.weighted(loss));
 }
 
+// Whether a transform of torch.func has wrapped the tensor.
+bool is_transformed(const Tensor& tensor) {
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper}));
+}
+
 // Bool and integer targets are 0 or 1, as in the kernels. Where a transform hides their values, a look-up in a table of
 // two refuses others; in a graph that is traced nothing does.
 void check_labels(const Arguments& arguments) {
   const Tensor& target = arguments.target;
-  if (!is_hard_label(target.scalar_type()) || target.scalar_type() == at::kBool) return;
+  if (!is_label_type(target.scalar_type()) || target.scalar_type() == at::kBool) return;
   if (!is_plain(target)) {
-    constexpr c10::DispatchKeySet transformed(
-        {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
-    if (!target.key_set().has_any(transformed)) return;
+    if (!is_transformed(target)) return;
     const auto ignore_index = arguments.ignore_index();
     const Tensor labels = ignore_index ? at::where(equals(target, *ignore_index), 0, target) : target;
     at::embedding(at::zeros({2, 1}, target.options().dtype(at::kBool)), labels.to(at::kLong));
@@ -171,11 +175,16 @@ void check_labels(const Arguments& arguments) {
 }
 
 Tensor divided(const Tensor& value, const Arguments& arguments, const c10::SymInt& divisor) {
+  const OptionalTensor& normalizer = arguments.normalizer;
   // One dimension at least: of numbers in a batch of none, vmap looks at the first to find their dtype.
-  const Tensor numbers = value.dim() == 0 ? value.unsqueeze(0) : value;
-  Tensor result = numbers / at::scalar_tensor(divisor, value.options());
-  if (is_defined(arguments.normalizer)) result = result / arguments.normalizer->unsqueeze(0).to(value.scalar_type());
-  return value.dim() == 0 ? result.squeeze(0) : result;
+  const bool may_be_batched = is_transformed(value) || (is_defined(normalizer) && is_transformed(*normalizer));
+  const bool is_number = value.dim() == 0 && may_be_batched;
+  Tensor result = (is_number ? value.unsqueeze(0) : value) / at::Scalar(divisor);
+  if (is_defined(normalizer)) {
+    const Tensor number = normalizer->to(value.scalar_type());
+    result = result / (may_be_batched ? number.unsqueeze(0) : number);
+  }
+  return is_number ? result.squeeze(0) : result;
 }
 
 // composite_backward for formulas whose gradient is no shorter than its derivation by autograd.
@@ -226,13 +235,11 @@ Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarT
 
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,
                                               const c10::SymInt& divisor, std::array<bool, 2> output_mask) {
-  if (arguments.kind() == Formula::Focal || arguments.kind() == Formula::Asymmetric) {
-    return backward_by_autograd(arguments, grad_output, divisor, output_mask);
-  }
+  if (derives_gradients(arguments)) return backward_by_autograd(arguments, grad_output, divisor, output_mask);
   const Operands operands(arguments, grad_output.scalar_type());
   const Tensor& x = operands.input;
   const Tensor& y = operands.target;
-  const Tensor scale = divided(grad_output.to(operands.dtype), arguments, divisor);
+  const Tensor scale = divided(grad_output.to(operands.dtype), arguments, divisor).expand_as(x);
   const auto gradient = [&](const Tensor& slope, at::ScalarType dtype) {
     return operands.cleared(scale * operands.weighted(slope)).to(dtype);
   };
@@ -262,30 +269,6 @@ std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const 
 Tensor composite_count_valid(const Tensor& target, double ignore_index) {
   check_count(target, ignore_index);
   return equals(target, ignore_index).logical_not().sum(at::kDouble);
-}
-
-namespace {
-
-Tensor bce_composite(const Arguments& arguments, int64_t reduction, std::optional<at::ScalarType> dtype) {
-  check_arguments(arguments);
-  check_reduction(arguments, reduction);
-  const OptionalTensor normalizer = normalizer_of(arguments, reduction);
-  return composite_loss(arguments.with_normalizer(normalizer), reduction, dtype.value_or(loss_dtype(arguments)));
-}
-
-std::tuple<Tensor, Tensor> backward_composite(const Arguments& arguments, const Tensor& grad_output,
-                                              c10::SymInt divisor, std::array<bool, 2> output_mask) {
-  check_arguments(arguments);
-  return composite_backward(arguments, grad_output, divisor, output_mask);
-}
-
-}  // namespace
-
-// vmap: batching the formula is batching its ATen operations. The loss of each example is reduced by itself.
-TORCH_LIBRARY_IMPL(bce_ext, FuncTorchBatched, m) {
-  m.impl("_bce", Flat<bce_composite>::call);
-  m.impl("_bce_backward", Flat<backward_composite>::call);
-  m.impl("_count_valid", composite_count_valid);
 }
 
 TORCH_LIBRARY_IMPL(bce_ext, CompositeExplicitAutograd, m) { m.impl("_count_valid", composite_count_valid); }

@@ -14,6 +14,11 @@ Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarT
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,
                                               const c10::SymInt& divisor, std::array<bool, 2> output_mask);
 
+// Whether autograd derives those gradients from the loss: written out, they would be no shorter.
+inline bool derives_gradients(const Arguments& arguments) {
+  return arguments.kind() == Formula::Focal || arguments.kind() == Formula::Asymmetric;
+}
+
 Tensor composite_count_valid(const Tensor& target, double ignore_index);
 
 }  // namespace bce_ext

@@ -124,8 +124,8 @@ BCE_EXT_HOST_DEVICE T rough_exp_by_table(T a) {
   return Number<T>::times_power_of_two(expm1 * power + power, n);  // times 2^floor(n)
 }
 
-// exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN. It may be rough for inputs of half precision: 3 ULP
-// of float32 for a below 8, 6 at most, are worth two to four of eleven instructions.
+// exp(-a) for a >= 0, down to the smallest subnormal; NaN for NaN. Inputs of half precision may take a rougher form,
+// off by up to 3 ULP of float32 for a below 8, and 6 beyond. It saves two to four of eleven instructions.
 template <bool kMayBeRough = false, typename T>
 BCE_EXT_HOST_DEVICE T exp_of_negative(T a) {
   constexpr bool kRough = kMayBeRough && std::is_same_v<Scalar<T>, float>;

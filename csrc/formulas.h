@@ -8,10 +8,11 @@
 //
 // A formula whose terms are simpler for targets that are 0 or 1 has a form of its own for them:
 // first_stage_of_hard(x, y) and evaluate_hard(x, y, w, One, scale, first_stage_of_hard(x, y)), without pos_weight and
-// the derivative with respect to the target. has_hard_form() says whether it serves.
+// the derivative with respect to the target. hard_form_serves() says whether the parameters allow
+// it.
 //
-// grad_input does not depend on the first stage where kGradInputIsOneStage says so. Losses of the same weight may then
-// be added by share_of_nearer(x, y), whose logarithms are joined.
+// grad_input depends on the first stage unless kGradInputNeedsFirstStage is false. Losses of probabilities that have
+// the same weight are added by share_of_nearer(x, y), whose logarithms are joined.
 #pragma once
 
 #include "formulas/asymmetric.h"

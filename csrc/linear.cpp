@@ -67,9 +67,13 @@ void check_layer(const Tensor& input, const OptionalTensor& linear_weight, const
   check_storage(target, "target");
 }
 
+bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
+  return !is_defined(parameter) || parameter->scalar_type() == input.scalar_type();
+}
+
 void check_dtype_of_layer(const Tensor& input, const OptionalTensor& parameter, const char* what) {
-  TORCH_CHECK(!is_defined(parameter) || parameter->scalar_type() == input.scalar_type(), kLinearName, ": expected ",
-              what, " of the dtype of input (", input.scalar_type(), "), but got ", parameter->scalar_type());
+  TORCH_CHECK(has_dtype_of(input, parameter), kLinearName, ": expected ", what, " of the dtype of input (",
+              input.scalar_type(), "), but got ", parameter->scalar_type());
 }
 
 c10::SymInt num_rows_of(const Tensor& input) {
@@ -125,10 +129,6 @@ OptionalTensor with_rows_in_one_dimension(const OptionalTensor& weight, const Te
   return weight->expand_symint(size).reshape_symint({num_rows_of(input), weight->sym_size(-1)});
 }
 
-bool has_dtype_of(const Tensor& input, const OptionalTensor& parameter) {
-  return !is_defined(parameter) || parameter->scalar_type() == input.scalar_type();
-}
-
 // That of the logits.
 at::ScalarType product_dtype(const Tensor& input) {
   const at::DeviceType device = input.device().type();
@@ -160,7 +160,7 @@ Tensor loss_of_rows(const Tensor& input, const OptionalTensor& linear_weight, co
   };
   const double ignore_index = ignore_index_of(options).value_or(0.0);
   TORCH_CHECK_VALUE(ignore_index == 0.0 || ignore_index == 1.0 || !are_class_indices(target, input), kLinearName,
-                    ": expected an ignore_index of 0 or 1 beside class indices, which stand for targets of 0 and 1, "
+                    ": expected an ignore_index of 0 or 1 with class indices, which stand for targets of 0 and 1, "
                     "but got ",
                     ignore_index, "; a row without a label has a negative index");
   if (takes_plain_form && target.layout() == at::kStrided) {
@@ -188,7 +188,7 @@ Tensor linear_with_logits(const Tensor& input, const OptionalTensor& linear_weig
                           const OptionalTensor& linear_bias, const OptionalTensor& weight,
                           const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
                           const std::optional<at::Scalar>& ignore_index, const OptionalTensor& normalizer) {
-  const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
+  const std::array<double, 2> options{label_smoothing, as_option(ignore_index)};
   const bool has_options = label_smoothing != 0.0 || ignore_index.has_value();
   return loss_of_rows(input, linear_weight, linear_bias, target, weight, pos_weight, normalizer,
                       has_options ? at::ArrayRef<double>(options) : at::ArrayRef<double>(), reduction);
@@ -221,8 +221,7 @@ void check_logits_and_target(const LinearArguments& arguments) {
   check_dtype_of_layer(input, arguments.linear_weight, "linear_weight");
   check_dtype_of_layer(input, arguments.linear_bias, "linear_bias");
   TORCH_CHECK_VALUE(input.dim() == 2, name, ": expected rows of input, but got ", input.dim(), " dimensions");
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()) || is_hard_label(target.scalar_type()), name,
-              ": expected a real target, but got ", target.scalar_type());
+  TORCH_CHECK(is_real(target.scalar_type()), name, ": expected a real target, but got ", target.scalar_type());
   if (!arguments.is_sparse()) return check_target_size(target, input, arguments.linear_weight);
   const Tensor& indices = *arguments.indices;
   TORCH_CHECK(target.dim() == 1 && indices.dim() == 2 && indices.sym_size(0) == 2 &&

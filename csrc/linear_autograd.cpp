@@ -21,8 +21,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Of the gradients. Where layer or bias are absent, the edges of those behind them have smaller numbers; that those
-// never require grad here (needs_plain_form) is what lets needs_input_grad be asked for these.
+// The places of the gradients. An absent layer or bias has no edge, so that edges after it have smaller numbers. What
+// needs_input_grad says of these three is right all the same: nothing after them requires grad here (needs_plain_form).
 constexpr int kInput = 0, kWeight = 1, kBias = 2;
 
 bool needs_plain_form(const LinearArguments& arguments) {

@@ -21,7 +21,7 @@ namespace {
 
 // Blocks of so many elements stay in the caches together with their gradient and target; with fewer labels, the
 // products are slower. On a GPU they are large enough to fill it, and still a small part of its memory.
-Blocks cut(const LinearArguments& arguments) {
+Tiling cut(const LinearArguments& arguments) {
   const int64_t num_rows = arguments.input.size(0);
   const int64_t num_labels = arguments.has_layer() ? arguments.linear_weight->size(0) : arguments.input.size(1);
   const int64_t elements = arguments.input.is_cuda() ? int64_t{1} << 26 : int64_t{1} << 19;
@@ -192,7 +192,7 @@ class BlockwiseLoss {
 
   const LinearArguments& arguments_;
   const LinearMask mask_;
-  const Blocks blocks_;
+  const Tiling blocks_;
   const at::ScalarType sum_dtype_;    // of the sums over blocks
   const at::ScalarType block_dtype_;  // of the loss of a block
   BlockTarget target_;
@@ -235,7 +235,7 @@ OptionalTensor normalizer_of(const LinearArguments& arguments, int64_t reduction
   if (!is_plain(arguments.input) || !is_plain(arguments.target)) {
     return count_valid(dense_target(arguments), *ignore_index);
   }
-  const Blocks blocks = cut(arguments);
+  const Tiling blocks = cut(arguments);
   BlockTarget target(arguments, blocks);
   Tensor count = at::zeros({}, arguments.input.options().dtype(at::kDouble).requires_grad(false));
   for (int64_t label = 0; label < blocks.num_labels; label += blocks.block_labels) {

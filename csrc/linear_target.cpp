@@ -11,7 +11,7 @@
 
 namespace bce_ext {
 
-BlockTarget::BlockTarget(const LinearArguments& arguments, const Blocks& blocks) : blocks_(blocks) {
+BlockTarget::BlockTarget(const LinearArguments& arguments, const Tiling& blocks) : blocks_(blocks) {
   if (!arguments.is_sparse() && !arguments.has_class_indices()) {
     dense_ = arguments.target;
     return;
@@ -29,7 +29,7 @@ BlockTarget::BlockTarget(const LinearArguments& arguments, const Blocks& blocks)
     values = at::ones_like(labels, at::kBool);
   }
   const at::ScalarType dtype = values.scalar_type();
-  values_ = has_addition(dtype) ? values : values.to(is_hard_label(dtype) ? at::kLong : at::kFloat);
+  values_ = has_addition(dtype) ? values : values.to(is_label_type(dtype) ? at::kLong : at::kFloat);
   // The last place is that of elements of other blocks.
   buffer_ = at::zeros({blocks_.block_rows * blocks_.block_labels + 1}, values_.options());
   if (buffer_.is_cpu()) {

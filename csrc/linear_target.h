@@ -8,7 +8,7 @@
 namespace bce_ext {
 
 // How the matrix of logits is cut.
-struct Blocks {
+struct Tiling {
   int64_t num_rows, num_labels;      // of the matrix
   int64_t block_rows, block_labels;  // of a block; those at the end may be smaller
 
@@ -26,7 +26,7 @@ struct Range {
 // that there are.
 class BlockTarget {
  public:
-  BlockTarget(const LinearArguments& arguments, const Blocks& blocks);
+  BlockTarget(const LinearArguments& arguments, const Tiling& blocks);
 
   // The target of a block, as a dense tensor. It is valid until the next call.
   Tensor block(const Range& range);
@@ -42,7 +42,7 @@ class BlockTarget {
   void list_on_device(const Tensor& rows, const Tensor& labels);
   void fill_on_device(int64_t block);
 
-  const Blocks blocks_;
+  const Tiling blocks_;
   Tensor dense_;  // undefined where elements are listed
 
   Tensor values_, buffer_;

@@ -8,7 +8,7 @@
 namespace bce_ext {
 namespace {
 
-// As Pass lays outputs out: dense, in the memory order of the input.
+// As Pass lays outputs out: dense, in the memory order of another tensor.
 Tensor empty_output(const Tensor& like, at::ScalarType dtype) {
   return at::empty_like(like, like.options().dtype(dtype));
 }
@@ -17,7 +17,7 @@ Tensor loss_meta(const Arguments& arguments, bool reduce, c10::SymInt /*divisor*
   check_arguments(arguments);
   check_loss_dtype(dtype);
   const Tensor& input = arguments.input;
-  return reduce ? at::empty({}, input.options().dtype(dtype)) : empty_output(input, dtype);
+  return reduce ? at::empty({}, input.options().dtype(dtype)) : empty_output(arguments.order_of_losses(), dtype);
 }
 
 std::tuple<Tensor, Tensor> loss_and_grad_meta(const Arguments& arguments, c10::SymInt /*divisor*/,

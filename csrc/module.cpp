@@ -79,6 +79,12 @@ const at::Tensor& as_tensor(py::handle value, py::handle function, const char* a
 }
 
 double as_number(py::handle value, py::handle function, const char* argument) {
+  if (THPVariable_Check(value.ptr()) && THPVariable_Unpack(value.ptr()).requires_grad()) {
+    PyErr_Format(argument_type_error(),
+                 "%S: expected %s to be a number, since it has no gradient, but got a Tensor that requires grad",
+                 function.ptr(), argument);
+    throw py::error_already_set();
+  }
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
     if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();  // an int that no double holds
@@ -98,30 +104,28 @@ OptionalTensor as_weight(py::handle value, py::handle function, const char* argu
   return as_tensor(convert(value), function, argument, "Tensor or a number");
 }
 
-// The name of an option: those of bce_ext._call.Loss.options.
-const char* option_name(int64_t formula, size_t i) {
-  static constexpr const char* kShared[] = {"label_smoothing", "ignore_index"};
-  static constexpr const char* kFocal[] = {"alpha", "gamma"};
-  static constexpr const char* kAsymmetric[] = {"gamma_neg", "gamma_pos", "clip", "eps", "detach_focusing"};
-  if (i < 2) return kShared[i];
-  return formula == static_cast<int64_t>(bce_ext::Formula::Focal) ? kFocal[i - 2] : kAsymmetric[i - 2];
-}
-
 // There may be none, which is NaN.
 double as_ignore_index(py::handle value, py::handle function) {
-  return value.is_none() ? std::numeric_limits<double>::quiet_NaN() : as_number(value, function, "ignore_index");
+  if (value.is_none()) return std::numeric_limits<double>::quiet_NaN();
+  const double number = as_number(value, function, "ignore_index");
+  if (std::isnan(number)) {
+    PyErr_Format(PyExc_ValueError, "%S: expected ignore_index to be a number or None, but got nan", function.ptr());
+    throw py::error_already_set();
+  }
+  return number;
 }
 
 std::optional<at::Scalar> unless_nan(double ignore_index) {
   return std::isnan(ignore_index) ? std::nullopt : std::optional<at::Scalar>(ignore_index);
 }
 
-// Where a formula has no parameters and all options are at their defaults, there are none.
-c10::SmallVector<double, 8> as_numbers(const py::tuple& options, py::handle function, int64_t formula) {
+// The options of a loss, whose names are for errors. Where a formula has no parameters and both options are at their
+// defaults, there are none.
+c10::SmallVector<double, 8> as_numbers(const py::tuple& options, py::handle function, const py::tuple& names) {
   c10::SmallVector<double, 8> numbers;
   for (size_t i = 0; i < options.size(); ++i) {
     numbers.push_back(i == 1 ? as_ignore_index(options[i], function)
-                             : as_number(options[i], function, option_name(formula, i)));
+                             : as_number(options[i], function, PyUnicode_AsUTF8(PyTuple_GetItem(names.ptr(), i))));
   }
   if (numbers.size() == 2 && numbers[0] == 0.0 && std::isnan(numbers[1])) numbers.clear();
   return numbers;
@@ -153,7 +157,7 @@ bool is_traced() { return torch::jit::tracer::isTracing() || c10::impl::TorchDis
 // The loss `function` of input, target, weight, pos_weight and normalizer: bce_ext::_bce. NotImplemented where that
 // would be recorded.
 py::object bce(py::handle function, int64_t formula, const py::tuple& operands, const py::tuple& options,
-               int64_t reduction) {
+               const py::tuple& option_names, int64_t reduction) {
   static const auto op = bce_ext::find_operator<at::Tensor(
       const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
       int64_t, at::ArrayRef<double>, int64_t, std::optional<at::ScalarType>)>("bce_ext::_bce");
@@ -163,7 +167,7 @@ py::object bce(py::handle function, int64_t formula, const py::tuple& operands, 
   const OptionalTensor p = as_weight(operands[3], function, "pos_weight");
   const OptionalTensor n = as_weight(operands[4], function, "normalizer");
   if (is_traced()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  const c10::SmallVector<double, 8> numbers = as_numbers(options, function, formula);
+  const c10::SmallVector<double, 8> numbers = as_numbers(options, function, option_names);
   if (formula == static_cast<int64_t>(bce_ext::Formula::WithLogits) && y.layout() != at::kStrided) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(bce_of_any_target(x, y, w, p, n, numbers, reduction)));
   }

@@ -81,7 +81,7 @@ struct Number {
     return value;
   }
   static BCE_EXT_HOST_DEVICE bool is_negative(T x) { return (to_bits(x) & ~FloatFormat<T>::kMagnitudeMask) != 0; }
-  static BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
+  static BCE_EXT_HOST_DEVICE T times_sign_of(T a, T b) { return is_negative(b) ? -a : a; }
   static BCE_EXT_HOST_DEVICE T select(bool condition, T a, T b) { return condition ? a : b; }
   static BCE_EXT_HOST_DEVICE T at_most(T bound, T a) { return bound < a ? bound : a; }
   static BCE_EXT_HOST_DEVICE T at_least(T bound, T a) { return a < bound ? bound : a; }
@@ -113,10 +113,10 @@ BCE_EXT_HOST_DEVICE Condition<T> is_negative(T x) {
   return Number<T>::is_negative(x);
 }
 
-// -a where the sign bit of b is set, a elsewhere.
+// a times the sign of b: -a where its sign bit is set. Unlike copysign, this keeps the sign of a.
 template <typename T>
-BCE_EXT_HOST_DEVICE T with_sign_of(T a, T b) {
-  return Number<T>::with_sign_of(a, b);
+BCE_EXT_HOST_DEVICE T times_sign_of(T a, T b) {
+  return Number<T>::times_sign_of(a, b);
 }
 
 // condition ? a : b

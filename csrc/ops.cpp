@@ -17,8 +17,11 @@ std::optional<double> ignore_index_of(at::ArrayRef<double> options) {
   return options[1];
 }
 
-double number_or_nan(const std::optional<at::Scalar>& number) {
-  return number.has_value() ? number->toDouble() : std::numeric_limits<double>::quiet_NaN();
+double as_option(const std::optional<at::Scalar>& ignore_index) {
+  if (!ignore_index) return std::numeric_limits<double>::quiet_NaN();
+  const double number = ignore_index->toDouble();
+  TORCH_CHECK_VALUE(!std::isnan(number), "bce_ext: expected ignore_index to be a number or None, but got nan");
+  return number;
 }
 
 namespace {
@@ -144,8 +147,8 @@ TORCH_LIBRARY(bce_ext, m) {
       "reduction=1, *, Tensor? weight=None, Tensor? pos_weight=None, " BCE_EXT_OPTIONS
       ", bool detach_focusing=False, float eps=1e-08) -> Tensor");
 
-  // All of them: the loss with its derivatives, under autocast and under transforms. dtype: of the loss; None: that of
-  // input and target promoted, and float32 at least under autocast.
+  // Every loss, with its derivatives, under autocast and transforms. dtype is that of the loss; None stands for that of
+  // input and target promoted, under autocast float32 at least.
   m.def("_bce(" BCE_EXT_ARGUMENTS ", int reduction, ScalarType? dtype=None) -> Tensor");
 
   // The kernels. The losses are summed when `reduce`; sums and gradients are divided by `divisor` and by `normalizer`:
@@ -197,7 +200,7 @@ Tensor with_logits_options(const Tensor& input, const Tensor& target, const Opti
                            const OptionalTensor& pos_weight, int64_t reduction, double label_smoothing,
                            const OptionalNumber& ignore_index, const OptionalTensor& normalizer) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::WithLogits);
-  const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
+  const std::array<double, 2> options{label_smoothing, as_option(ignore_index)};
   const Arguments arguments{input, target, weight, pos_weight, normalizer, kFormula, options};
   return is_sparse(target) ? sparse_with_logits(arguments, reduction) : bce(arguments, reduction);
 }
@@ -211,7 +214,7 @@ Tensor probabilities_options(const Tensor& input, const Tensor& target, const Op
                              double label_smoothing, const OptionalNumber& ignore_index,
                              const OptionalTensor& normalizer) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::Probabilities);
-  const std::array<double, 2> options{label_smoothing, number_or_nan(ignore_index)};
+  const std::array<double, 2> options{label_smoothing, as_option(ignore_index)};
   return bce({input, target, weight, std::nullopt, normalizer, kFormula, options}, reduction);
 }
 
@@ -219,7 +222,7 @@ Tensor focal(const Tensor& inputs, const Tensor& targets, double alpha, double g
              const OptionalTensor& weight, const OptionalTensor& pos_weight, double label_smoothing,
              const OptionalNumber& ignore_index, const OptionalTensor& normalizer) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::Focal);
-  const std::array<double, 4> options{label_smoothing, number_or_nan(ignore_index), alpha, gamma};
+  const std::array<double, 4> options{label_smoothing, as_option(ignore_index), alpha, gamma};
   return bce({inputs, targets, weight, pos_weight, normalizer, kFormula, options}, reduction);
 }
 
@@ -228,8 +231,8 @@ Tensor asymmetric(const Tensor& input, const Tensor& target, double gamma_neg, d
                   double label_smoothing, const OptionalNumber& ignore_index, const OptionalTensor& normalizer,
                   bool detach_focusing, double eps) {
   constexpr auto kFormula = static_cast<int64_t>(Formula::Asymmetric);
-  const std::array<double, 7> options{
-      label_smoothing, number_or_nan(ignore_index), gamma_neg, gamma_pos, clip, eps, double(detach_focusing)};
+  const std::array<double, 7> options{label_smoothing,        as_option(ignore_index), gamma_neg, gamma_pos, clip, eps,
+                                      double(detach_focusing)};
   return bce({input, target, weight, pos_weight, normalizer, kFormula, options}, reduction);
 }
 

@@ -22,7 +22,7 @@ using OptionalTensor = std::optional<Tensor>;
 // `options` are label_smoothing, ignore_index (NaN: none), then the parameters of the formula. What is left out is 0 or
 // none.
 std::optional<double> ignore_index_of(at::ArrayRef<double> options);
-double number_or_nan(const std::optional<at::Scalar>& number);
+double as_option(const std::optional<at::Scalar>& ignore_index);
 
 // What every operator of the family takes first. A view of the caller's arguments: it does not outlive the call.
 struct Arguments {
@@ -42,6 +42,10 @@ struct Arguments {
   Arguments with_normalizer(const OptionalTensor& other) const {
     return {input, target, weight, pos_weight, other, formula, options};
   }
+
+  // What losses have the memory order of, where there is one for each element: as in torch, the target, unless it takes
+  // probabilities.
+  const Tensor& order_of_losses() const { return takes_probabilities() ? input : target; }
 
   static constexpr size_t kParameters = 2;  // where they begin in `options`
 };
@@ -70,8 +74,11 @@ bool is_recorded();
 // operation on it.
 bool is_plain(const Tensor& tensor);
 
-// Whether a label of this dtype must be 0 or 1: that of a bool or an integer.
-bool is_hard_label(at::ScalarType target_dtype);
+// Whether targets of this dtype are labels, 0 or 1: bools and integers.
+bool is_label_type(at::ScalarType type);
+
+// Whether it is a floating type, an integer or bool: not complex.
+bool is_real(at::ScalarType type);
 
 // Whether float32 may hold another number than an integer target of this dtype does.
 bool is_rounded_label(double number, at::ScalarType target_dtype);

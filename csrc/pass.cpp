@@ -94,7 +94,8 @@ Output output_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), *dtype_of(tensor.scalar_type())};
 }
 
-Pass::Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor* grad_output)
+Pass::Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor& like,
+           const Tensor* grad_output)
     : input_(arguments.input) {
   // Anybody can call an internal operator, and none may read or write out of bounds.
   check_arguments(arguments);
@@ -107,11 +108,11 @@ Pass::Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, co
   problem.compute_in_double =
       dtype == at::kDouble || input_.scalar_type() == at::kDouble || arguments.target.scalar_type() == at::kDouble ||
       (problem.ignores && is_rounded_label(problem.ignore_index, arguments.target.scalar_type()));
-  const auto strides = input_.strides();
-  if (input_.is_non_overlapping_and_dense()) {
+  const auto strides = like.strides();
+  if (like.is_non_overlapping_and_dense()) {
     strides_.assign(strides.begin(), strides.end());
   } else {
-    const auto dense = at::infer_dense_strides(input_.sizes(), strides);
+    const auto dense = at::infer_dense_strides(like.sizes(), strides);
     strides_.assign(dense.begin(), dense.end());
   }
 
@@ -140,7 +141,7 @@ void Pass::set_options(const Arguments& arguments) {
   }
   const at::ScalarType target_dtype = arguments.target.scalar_type();
   problem.label_smoothing = arguments.label_smoothing();
-  problem.hard_labels = is_hard_label(target_dtype) && target_dtype != at::kBool;  // a bool is nothing else
+  problem.checks_labels = is_label_type(target_dtype) && target_dtype != at::kBool;  // a bool is nothing else
   const auto ignore_index = arguments.ignore_index();
   problem.ignores = ignore_index.has_value();
   if (problem.ignores) problem.ignore_index = as_label(*ignore_index, target_dtype);

@@ -11,11 +11,12 @@ namespace bce_ext {
 // One pass over the elements. Holds the tensors that the pointers of `problem` look into.
 class Pass {
  public:
-  // `dtype`: of the loss, or of grad_output, which is null in the forward direction.
-  Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor* grad_output = nullptr);
+  // `dtype`: of the loss, or of grad_output, which is null in the forward direction. `like`: what the outputs have the
+  // memory order of.
+  Pass(const Arguments& arguments, at::ScalarType dtype, int64_t divisor, const Tensor& like,
+       const Tensor* grad_output = nullptr);
 
-  // The sizes and strides of the outputs: dense, in the memory order of the input, so that channels_last stays
-  // channels_last.
+  // The sizes and strides of the outputs, which are dense.
   at::IntArrayRef sizes() const { return input_.sizes(); }
   at::IntArrayRef strides() const { return strides_; }
 

@@ -23,7 +23,7 @@ Tensor empty_output(const Pass& pass, at::ScalarType dtype, const Tensor& like) 
 template <typename Device>
 Tensor loss(const Arguments& arguments, bool reduce, int64_t divisor, at::ScalarType dtype) {
   const typename Device::Guard guard(arguments.input.device());
-  Pass pass(arguments, dtype, divisor);
+  Pass pass(arguments, dtype, divisor, reduce ? arguments.input : arguments.order_of_losses());
   pass.problem.reduce = reduce;
   if (reduce) return Device::run_and_sum(pass.problem, dtype, arguments.input);
   Tensor loss = empty_output<Device>(pass, dtype, arguments.input);
@@ -36,7 +36,7 @@ template <typename Device>
 std::tuple<Tensor, Tensor> loss_and_grad(const Arguments& arguments, int64_t divisor, at::ScalarType dtype) {
   const Tensor& input = arguments.input;
   const typename Device::Guard guard(input.device());
-  Pass pass(arguments, dtype, divisor);
+  Pass pass(arguments, dtype, divisor, input);
   Tensor grad_input = empty_output<Device>(pass, input.scalar_type(), input);
   pass.problem.reduce = true;
   pass.problem.grad_input = output_of(grad_input);
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> backward(const Arguments& arguments, const Tensor& gr
               ": expected a target of float64, float32, bfloat16 or float16 where its gradient is wanted, but got ",
               target.scalar_type());
   const typename Device::Guard guard(input.device());
-  Pass pass(arguments, grad_output.scalar_type(), divisor, &grad_output);
+  Pass pass(arguments, grad_output.scalar_type(), divisor, input, &grad_output);
   const auto gradient = [&](bool is_wanted, at::ScalarType dtype, Output& output) {
     if (!is_wanted) return Device::empty({0}, {1}, dtype, input);
     Tensor grad = empty_output<Device>(pass, dtype, input);

@@ -80,8 +80,8 @@ struct Problem {
   double parameters[kMaxParameters] = {};
   double label_smoothing = 0.0;
   double ignore_index = 0.0;
-  bool ignores = false;      // whether there is an ignore_index
-  bool hard_labels = false;  // every target must be 0, 1 or ignored: the rule for bool and integer ones
+  bool ignores = false;        // whether there is an ignore_index
+  bool checks_labels = false;  // an integer target that is neither 0 nor 1 nor ignored is an error; bools are labels
 
   bool compute_in_double = false;  // float64 arithmetic; float32 otherwise
   bool reduce = false;

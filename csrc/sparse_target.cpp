@@ -157,7 +157,7 @@ Tensor dense_on_host(Parts parts, at::IntArrayRef size, at::ScalarType input_dty
   if (!has_readable_indices(parts) || !is_readable(parts.values)) return {};
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (!has_addition(parts.values.scalar_type())) {
-    if (!is_hard_label(parts.values.scalar_type())) return {};
+    if (!is_label_type(parts.values.scalar_type())) return {};
     parts.values = parts.values.to(at::kLong);
   }
   const at::ScalarType dtype = parts.values.scalar_type();

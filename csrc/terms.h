@@ -10,8 +10,8 @@ namespace bce_ext {
 template <typename T>
 struct Terms {
   T loss;
-  T summand;  // what a sum of losses adds as long as it comes out finite: the loss, but NaN where something infinite
-              // has no weight; without log1p(e) where the logarithms are joined
+  T summand;  // what a sum adds: the loss. It may be NaN where something infinite has no weight; the sum is then
+              // computed again from `loss`. Where logarithms are joined, it lacks log1p(e).
   T grad_input;
   T grad_target;
 };

@@ -262,7 +262,7 @@ def test_an_ignore_index_beside_class_indices_that_no_target_has() -> None:
     """A user of cross_entropy expects -100 to leave the row out; here it is a row without a label."""
     input, linear_weight = torch.zeros(3, 2), torch.zeros(4, 2)
     for size in (4, 1_500_000):  # the plain form, and blocks
-        with pytest.raises(ValueError, match="expected an ignore_index of 0 or 1 beside class indices"):
+        with pytest.raises(ValueError, match="expected an ignore_index of 0 or 1 with class indices"):
             F.linear_binary_cross_entropy_with_logits(
                 input, torch.zeros(size, 2), torch.tensor([1, -100, 2]), ignore_index=-100
             )

@@ -119,7 +119,7 @@ def test_formulas_and_options_that_there_are_not(formula: int, options: list[flo
 
 
 def test_a_pos_weight_beside_probabilities() -> None:
-    with pytest.raises(RuntimeError, match="expected no pos_weight beside probabilities"):
+    with pytest.raises(RuntimeError, match="expected no pos_weight with probabilities"):
         OPS._bce(X.sigmoid(), Y, None, torch.ones(4), None, 1, [], 1)
 
 

@@ -95,7 +95,7 @@ def test_other_reductions_raise(loss: Member, reduction: str, device: str) -> No
     input, target = problem(loss, 5, device)
     for normalizer in (2.0, torch.tensor(2.0)):
         for leaf in (input, input.clone().requires_grad_()):
-            with pytest.raises(ValueError, match="expected reduction 'mean' beside a normalizer"):
+            with pytest.raises(ValueError, match="expected reduction 'mean' with a normalizer"):
                 loss(leaf, target, normalizer=normalizer, reduction=reduction)
 
 

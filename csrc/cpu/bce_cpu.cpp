@@ -203,7 +203,7 @@ struct Cpu {
 // The mean over the elements that are not ignored, which it counts, and the gradient if it is wanted.
 std::tuple<Tensor, Tensor> mean_of_valid(const Arguments& arguments, at::ScalarType dtype, bool wants_gradient) {
   const Tensor& input = arguments.input;
-  Pass pass(arguments, dtype, /*divisor=*/1);
+  Pass pass(arguments, dtype, /*divisor=*/1, input);
   check_mean_of_valid(arguments);
   Problem& problem = pass.problem;
   Tensor codes;

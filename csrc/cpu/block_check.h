@@ -75,7 +75,7 @@ BCE_EXT_TARGET std::optional<InvalidElement> find_invalid_label(int64_t n, const
 template <typename T, typename Formula>
 BCE_EXT_TARGET std::optional<InvalidElement> find_invalid(const Problem& problem, int64_t n, const T* x, const T* y,
                                                           bool has_hard_labels, T ignored) {
-  if (problem.hard_labels && !has_hard_labels) {
+  if (problem.checks_labels && !has_hard_labels) {
     const int64_t i = first_invalid<T, is_hard_label<T>>(n, y, ignored);
     if (i < n) return InvalidElement{true, static_cast<double>(y[i])};
   }

@@ -126,7 +126,7 @@ BCE_EXT_TARGET void compute(int64_t n, const Constants<T>& constants, const Bloc
   T* __restrict const first = block.first;
   constexpr bool kFetches = (kWanted & kFetched) == 0;
   // Stays without a meaning where nothing depends on it.
-  constexpr bool kHasFirstStage = !Formula::kGradInputIsOneStage || (kWanted & ~kFetched) != kGradInput;
+  constexpr bool kHasFirstStage = Formula::kGradInputNeedsFirstStage || (kWanted & ~kFetched) != kGradInput;
   for (int64_t i = 0; kHasFirstStage && i < n; i += kLanes<T>) {
     if constexpr (kFetches) prefetch<T, typename Memory::X>(next.x, i);
     const Numbers<T> input = load<Numbers<T>>(x + i), target = load_target<Numbers<T>>(y, i);

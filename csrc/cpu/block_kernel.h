@@ -33,11 +33,11 @@ constexpr int64_t kChunk = 8192;
 
 // The elements of a chunk: neighbours of the walk, or a rectangle out of it (chunks.h).
 struct Chunk {
-  int64_t begin = 0;       // the first element, as a position in the walk
-  int64_t columns = 0;     // how many neighbours make a row
-  int64_t rows = 1;        // of elements that are
-  int64_t row_stride = 0;  // elements apart in the walk: steps
-  int rows_along = -1;     // this dimension. There is none for a single row
+  int64_t begin = 0;    // the first element, as a position in the walk
+  int64_t columns = 0;  // elements of a row, which are neighbours in the walk
+  int64_t rows = 1;
+  int64_t row_stride = 0;  // from one row to the next, in elements of the walk
+  int rows_along = -1;     // the dimension that leads from row to row; -1 for a single row
 
   int64_t numel() const { return columns * rows; }
 };

@@ -63,7 +63,7 @@ BCE_EXT_TARGET ChunkResult evaluate_blocks(const Problem& problem, const Chunk& 
       block.grad_input = grad_input.place(at);
       block.grad_past_caches = grad_input.goes_past_caches(block.grad_input);
       kernels.in_place(n, constants, block);
-      if (problem.hard_labels && problem.label_codes == nullptr && !result.invalid) {
+      if (problem.checks_labels && problem.label_codes == nullptr && !result.invalid) {
         result.invalid = find_invalid_label(n, static_cast<const int64_t*>(block.y));
       }
     } else {

@@ -12,7 +12,7 @@ namespace {
 
 template <typename T, typename Formula, int kGradient, bool kHasWeight, bool kHasPosWeight, Labels kLabels>
 BCE_EXT_TARGET Compute<T> select_sum() {
-  if constexpr (Formula::kGradInputIsOneStage && !kHasWeight && kLabels != Labels::Adjusted) {
+  if constexpr (Formula::kTakesProbabilities && !kHasWeight && kLabels != Labels::Adjusted) {
     return compute_probabilities<T, Formula, kGradient, kLabels>;
   } else {
     return compute<T, Formula, kSum | kGradient, kHasWeight, kHasPosWeight, kLabels>;
@@ -132,7 +132,7 @@ BCE_EXT_TARGET Compute<T> select_compute(int wanted, const Needs& needs) {
 template <typename T, typename Formula>
 BCE_EXT_TARGET Compute<T> select_compute_of_hard(int wanted, const Needs& needs, const double* parameters) {
   if constexpr (Formula::kHasHardForm) {
-    const bool serves = Formula(parameters).has_hard_form();
+    const bool serves = Formula(parameters).hard_form_serves();
     if (!serves || (wanted & kGradTarget) != 0 || takes_everything<Formula>(needs)) return nullptr;
     if constexpr (Formula::kTakesProbabilities) {
       if (needs.weight) return select_hard<T, Formula, true>(wanted);
@@ -222,11 +222,17 @@ BCE_EXT_TARGET BlockKernels<T> select_kernels(const Problem& problem, Summation 
   const bool is_plain = !needs.weight && !needs.pos_weight && !needs.adjusts;
   const Compute<T> of_half = is_plain ? select_compute_of_half<T, Formula>(problem, wanted) : nullptr;
   const Compute<T> converted = of_half != nullptr ? of_half : select_compute<T, Formula>(wanted, needs);
-  return {needs, converted, select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters),
-          joins_logs || wanted == stored ? converted : select_compute<T, Formula>(stored, needs),
-          is_plain     ? select_compute_in_place<T, Formula>(problem, wanted)
-          : joins_logs ? select_compute_of_codes<T, Formula>(problem, wanted)
-                       : nullptr};
+  Compute<T> in_place = nullptr;
+  if (is_plain) {
+    in_place = select_compute_in_place<T, Formula>(problem, wanted);
+  } else if (joins_logs) {
+    in_place = select_compute_of_codes<T, Formula>(problem, wanted);
+  }
+  return {.needs = needs,
+          .converted = converted,
+          .of_hard = select_compute_of_hard<T, Formula>(wanted, needs, problem.parameters),
+          .of_last = joins_logs || wanted == stored ? converted : select_compute<T, Formula>(stored, needs),
+          .in_place = in_place};
 }
 
 }  // namespace

@@ -36,22 +36,22 @@ BCE_EXT_TARGET void deinterleave(const S* __restrict in, int64_t columns, T* __r
 
 template <typename T>
 struct Four {
-  using Numbers __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+  using Vector __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
   using Places __attribute__((vector_size(4 * sizeof(T)))) = typename math::FloatFormat<T>::Bits;
 };
 
 // Four columns of four numbers become four rows, `stride` apart.
 template <typename T>
 BCE_EXT_TARGET void transpose_four(const T* const (&columns)[4], int64_t stride, T* out) {
-  using Numbers = typename Four<T>::Numbers;
-  const Numbers a = *reinterpret_cast<const Numbers*>(columns[0]), b = *reinterpret_cast<const Numbers*>(columns[1]);
-  const Numbers c = *reinterpret_cast<const Numbers*>(columns[2]), d = *reinterpret_cast<const Numbers*>(columns[3]);
-  const Numbers ab_low = BCE_EXT_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = BCE_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
-  const Numbers cd_low = BCE_EXT_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = BCE_EXT_SHUFFLE(c, d, 2, 6, 3, 7);
-  *reinterpret_cast<Numbers*>(out) = BCE_EXT_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
-  *reinterpret_cast<Numbers*>(out + stride) = BCE_EXT_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
-  *reinterpret_cast<Numbers*>(out + 2 * stride) = BCE_EXT_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
-  *reinterpret_cast<Numbers*>(out + 3 * stride) = BCE_EXT_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+  using Vector = typename Four<T>::Vector;
+  const Vector a = *reinterpret_cast<const Vector*>(columns[0]), b = *reinterpret_cast<const Vector*>(columns[1]);
+  const Vector c = *reinterpret_cast<const Vector*>(columns[2]), d = *reinterpret_cast<const Vector*>(columns[3]);
+  const Vector ab_low = BCE_EXT_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = BCE_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Vector cd_low = BCE_EXT_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = BCE_EXT_SHUFFLE(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<Vector*>(out) = BCE_EXT_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+  *reinterpret_cast<Vector*>(out + stride) = BCE_EXT_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+  *reinterpret_cast<Vector*>(out + 2 * stride) = BCE_EXT_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+  *reinterpret_cast<Vector*>(out + 3 * stride) = BCE_EXT_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 #undef BCE_EXT_SHUFFLE

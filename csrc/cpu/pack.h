@@ -103,7 +103,7 @@ struct Number<Pack<T, kBytes> > {
   static BCE_EXT_HOST_DEVICE Bits to_bits(Numbers x) { return Bits::from_bits_of(x); }
   static BCE_EXT_HOST_DEVICE Numbers from_bits(Bits bits) { return Numbers::from_bits_of(bits); }
   static BCE_EXT_HOST_DEVICE Condition is_negative(Numbers x) { return Condition::from_bits_of(x) < 0; }
-  static BCE_EXT_HOST_DEVICE Numbers with_sign_of(Numbers a, Numbers b) {
+  static BCE_EXT_HOST_DEVICE Numbers times_sign_of(Numbers a, Numbers b) {
     return from_bits(to_bits(a) ^ (to_bits(b) & ~FloatFormat<T>::kMagnitudeMask));
   }
   static BCE_EXT_HOST_DEVICE Numbers select(Condition condition, Numbers a, Numbers b) {

@@ -11,11 +11,12 @@ constexpr int64_t kGenericTile = kThreads * kGenericUnroll;
 
 template <typename Formula, typename C>
 struct GenericArguments {
-  explicit GenericArguments(const Problem& problem) : problem(problem), formula(problem.parameters), numbers(problem) {}
+  explicit GenericArguments(const Problem& problem)
+      : problem(problem), formula(problem.parameters), constants(problem) {}
 
   Problem problem;
   Formula formula;
-  Numbers<C> numbers;
+  Constants<C> constants;
   Divider<int64_t> sizes[kMaxDims];
   double* partials = nullptr;
 };
@@ -55,11 +56,11 @@ __device__ __forceinline__ C generic_element(const GenericArguments<Formula, C>&
   const C y = read<C>(problem.target, arguments, index);
   const C w = read<C>(problem.weight, arguments, index) * read<C>(problem.grad_output, arguments, index);
   const C p = read<C>(problem.pos_weight, arguments, index);
-  const bool is_label = !problem.hard_labels || is_in_range<WithLogits<C>, /*kHardLabels=*/true>(x, y);
+  const bool is_label = !problem.checks_labels || is_in_range<WithLogits<C>, /*kHardLabels=*/true>(x, y);
   in_range &=
-      (is_label && is_in_range<Formula, /*kHardLabels=*/false>(x, y)) || y == arguments.numbers.rule.ignore_index;
+      (is_label && is_in_range<Formula, /*kHardLabels=*/false>(x, y)) || y == arguments.constants.rule.ignore_index;
   const Terms<C> terms =
-      evaluate_by_rule(arguments.formula, arguments.numbers.rule, x, y, arguments.numbers.rule.is_ignored(y), w, p,
+      evaluate_by_rule(arguments.formula, arguments.constants.rule, x, y, arguments.constants.rule.is_ignored(y), w, p,
                        scale, arguments.formula.first_stage(x));
   if (problem.loss.data != nullptr) {
     store_element(problem.loss, index, terms.loss);
@@ -76,7 +77,7 @@ __device__ __forceinline__ C generic_element(const GenericArguments<Formula, C>&
 // Three blocks per SM leave every thread the 80 registers that keep this out of local memory.
 template <typename Formula, typename C>
 __global__ void __launch_bounds__(kThreads, 3) generic_kernel(const GenericArguments<Formula, C> arguments) {
-  const C scale = arguments.numbers.full_scale();
+  const C scale = arguments.constants.full_scale();
   const int64_t numel = arguments.problem.numel;
   double sum = 0;
   bool in_range = true;

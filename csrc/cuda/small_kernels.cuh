@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const bool aligned = reinterpret_cast<uintptr_t>(grad) % kVectorBytes == 0;
-  const int64_t num_vectors = aligned ? numel / N : 0;
+  const int64_t num_vectors = is_aligned<T, N>(grad) ? numel / N : 0;
   for (int64_t i = first; i < num_vectors; i += num_threads) {
     const auto vector = load_vector<T, N>(grad, i * N);
     C scaled[N];

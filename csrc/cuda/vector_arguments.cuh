@@ -11,10 +11,10 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
-// What the kernels take of a Problem's numbers.
+// What the kernels take of a Problem's constants.
 template <typename C>
-struct Numbers {
-  explicit Numbers(const Problem& problem)
+struct Constants {
+  explicit Constants(const Problem& problem)
       : normalizer(problem.normalizer.data),
         normalizer_dtype(problem.normalizer.dtype),
         scale(static_cast<C>(1.0 / problem.divisor)),
@@ -46,7 +46,7 @@ template <typename Formula, typename C>
 struct VectorArguments {
   explicit VectorArguments(const Problem& problem)
       : formula(problem.parameters),
-        numbers(problem),
+        constants(problem),
         loss(problem.loss),
         grad_input(problem.grad_input),
         grad_target(problem.grad_target),
@@ -54,12 +54,12 @@ struct VectorArguments {
         numel(problem.numel) {
     if constexpr (Formula::kHasHardForm) {
       takes_hard_form =
-          formula.has_hard_form() && problem.label_smoothing == 0.0 && problem.pos_weight.layout == Layout::Absent;
+          formula.hard_form_serves() && problem.label_smoothing == 0.0 && problem.pos_weight.layout == Layout::Absent;
     }
   }
 
   Formula formula;
-  Numbers<C> numbers;
+  Constants<C> constants;
   const void* input = nullptr;
   const void* target = nullptr;
   Factor weight, pos_weight, grad_output;

@@ -21,7 +21,7 @@ class VectorPass {
   // Without weights, grad_output may be one value: a factor of the gradient.
   __device__ __forceinline__ explicit VectorPass(const Arguments& arguments)
       : arguments_(arguments),
-        scale_(arguments.numbers.full_scale() * (kWeighted ? C(1) : constant_value<C>(arguments.grad_output))),
+        scale_(arguments.constants.full_scale() * (kWeighted ? C(1) : constant_value<C>(arguments.grad_output))),
         weight_(kWeighted ? constant_value<C>(arguments.weight) * constant_value<C>(arguments.grad_output) : C(1)),
         pos_weight_(kWeighted ? constant_value<C>(arguments.pos_weight) : C(1)) {}
 
@@ -81,8 +81,9 @@ class VectorPass {
     check(x, y);
     Terms<C> terms;
     if constexpr (kWeighted) {
-      terms = evaluate_by_rule(arguments_.formula, arguments_.numbers.rule, x, y, arguments_.numbers.rule.is_ignored(y),
-                               w, p, scale_, arguments_.formula.template first_stage<kRough>(x));
+      terms =
+          evaluate_by_rule(arguments_.formula, arguments_.constants.rule, x, y, arguments_.constants.rule.is_ignored(y),
+                           w, p, scale_, arguments_.formula.template first_stage<kRough>(x));
     } else {
       terms = terms_of<Labels::Any>(x, y, One{}, One{});
     }
@@ -108,13 +109,13 @@ class VectorPass {
 
   __device__ __forceinline__ void check(C x, C y) {
     in_range_ &= is_in_range<Formula, std::is_integral_v<Target>>(x, y) ||
-                 (kWeighted && y == arguments_.numbers.rule.ignore_index);
+                 (kWeighted && y == arguments_.constants.rule.ignore_index);
   }
 
   // The terms of element k as if it were not ignored.
   template <Labels kLabels>
   __device__ __forceinline__ Terms<C> terms_of(const Elements& elements, int k) const {
-    const auto& rule = arguments_.numbers.rule;
+    const auto& rule = arguments_.constants.rule;
     if constexpr (kWeighted) {
       const C y = kLabels == Labels::Hard ? elements.y[k] : rule.smoothed(elements.y[k]);
       return terms_of<kLabels>(elements.x[k], y, elements.w[k], elements.p[k]);
@@ -134,7 +135,7 @@ class VectorPass {
   }
 
   __device__ __forceinline__ void clear_ignored(const Elements& elements, C (&values)[N]) const {
-    const auto& rule = arguments_.numbers.rule;
+    const auto& rule = arguments_.constants.rule;
     if (kWeighted && rule.ignores()) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
@@ -149,7 +150,7 @@ class VectorPass {
 #pragma unroll
     for (int k = 0; !kHasHardLabels && k < N; ++k) {
       const C y = elements.y[k];
-      result &= y == C(0) || y == C(1) || (kWeighted && y == arguments_.numbers.rule.ignore_index);
+      result &= y == C(0) || y == C(1) || (kWeighted && y == arguments_.constants.rule.ignore_index);
     }
     return result;
   }
@@ -185,7 +186,7 @@ class VectorPass {
       const Terms<C> terms = terms_of<Labels::Any>(elements, k);
       losses[k] = terms.loss;
       grad_inputs[k] = terms.grad_input;
-      grad_targets[k] = terms.grad_target * arguments_.numbers.rule.slope;
+      grad_targets[k] = terms.grad_target * arguments_.constants.rule.slope;
     }
     clear_ignored(elements, losses);
     clear_ignored(elements, grad_inputs);
@@ -202,7 +203,7 @@ class VectorPass {
   __device__ __forceinline__ C sum(int64_t index, const Elements& elements) const {
     C result = 0;
     bool is_valid;
-    if constexpr (!kWeighted && Formula::kGradInputIsOneStage) {
+    if constexpr (!kWeighted && Formula::kTakesProbabilities) {
       if constexpr (kGradInput) evaluate<Labels::Any, false, true>(index, elements);
       is_valid = join_logarithms(elements, result);
     } else {
@@ -301,8 +302,10 @@ class VectorPass {
 // Blocks that an SM must have room for: a thread has up to 64 registers, or 128 in float64, enough to keep out of local
 // memory. The losses with a form for hard labels, and eight probabilities at a time, take more.
 template <typename Formula, typename Input, bool kWeighted>
-constexpr int kMinBlocks = (sizeof(Input) == 8 ? 2 : 4) -
-                           (Formula::kTakesProbabilities ? !kWeighted && sizeof(Input) == 2 : Formula::kHasHardForm);
+constexpr bool kTakesMoreRegisters =
+    Formula::kTakesProbabilities ? !kWeighted && sizeof(Input) == 2 : Formula::kHasHardForm;
+template <typename Formula, typename Input, bool kWeighted>
+constexpr int kMinBlocks = (sizeof(Input) == 8 ? 2 : 4) - (kTakesMoreRegisters<Formula, Input, kWeighted> ? 1 : 0);
 
 // Whether what a thread will need next is under way while it computes: where memory is what it waits for, and where
 // there are registers.

@@ -72,7 +72,7 @@ struct Asymmetric : FormulaOfLogit {
   }
 
   // A subnormal share has too few places for its logarithm, and a bound of 1/2 needs the complement of the bound.
-  BCE_EXT_HOST_DEVICE bool has_hard_form() const {
+  BCE_EXT_HOST_DEVICE bool hard_form_serves() const {
     return eps >= math::Format<Scalar>::kSmallestNormal && eps < Scalar(0.5);
   }
 

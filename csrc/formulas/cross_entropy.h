@@ -34,12 +34,12 @@ struct CrossEntropy {
       const T total = negative + positive;
       loss = bounded + total * log_term;
       unguarded = linear + total * log_term;
-      grad_input = math::with_sign_of(against - total * smaller, x);
+      grad_input = math::times_sign_of(against - total * smaller, x);
       grad_target = math::select(below, math::weighted(p, magnitude), -magnitude) + (p - T(1)) * log_term;
     } else {
       loss = bounded + log_term;
       unguarded = linear + log_term;
-      grad_input = math::with_sign_of(against - smaller, x);
+      grad_input = math::times_sign_of(against - smaller, x);
       grad_target = -x;
     }
   }

@@ -37,7 +37,7 @@ struct Focal : FormulaOfLogit {
     // The powers of u come together before anything multiplies them: u^(gamma-1) * u may be large where u * c
     // underflows.
     const T by_input = math::weighted(slope_of_power * product * (T(1) - (y + y)), entropy.loss);
-    const T by_share = slope_of_power * math::with_sign_of(entropy.smaller - larger, x);
+    const T by_share = slope_of_power * math::times_sign_of(entropy.smaller - larger, x);
 
     Terms<T> terms;
     terms.loss = math::weighted(alpha * focused.power, entropy.loss);
@@ -51,7 +51,7 @@ struct Focal : FormulaOfLogit {
     return terms;
   }
 
-  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
+  BCE_EXT_HOST_DEVICE bool hard_form_serves() const { return true; }
 
   template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T x, T) const {

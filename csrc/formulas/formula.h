@@ -11,7 +11,7 @@ struct FormulaDefaults {
   static constexpr bool kJoinsLogarithms = false;  // losses without weights are their summand + log1p(first_stage)
   static constexpr bool kTakesProbabilities = false;
   static constexpr bool kHasHardForm = false;
-  static constexpr bool kGradInputIsOneStage = false;
+  static constexpr bool kGradInputNeedsFirstStage = true;
 };
 
 struct FormulaOfLogit : FormulaDefaults {

@@ -5,13 +5,11 @@
 
 namespace bce_ext {
 
-// A share of 1 and its complement. The smaller of both is known to the last places.
-//
-// A target between two labels is nearer to one of them. With the share that a probability gives that one, and `minor`
-// what the target says for the other, min(y, 1-y),
+// How a probability divides 1 between the two labels: `own` is for the label that the target is nearer to, `complement`
+// for the other. The smaller of both is exact to its last places. With minor = min(y, 1-y), 0 for a hard label,
 //   loss = -log(own) - minor * max(log(complement / own), -100)
-// unless log(own) is below -100, too. (A complement so small has an own share of 1.) For a hard label `minor` is 0. The
-// first logarithm can be joined with those of other elements.
+// unless log(own) is below -100, too. (A complement so small has an own share of 1.) The first logarithm can be joined
+// with those of other elements.
 template <typename T>
 struct Share {
   T own, complement;
@@ -69,7 +67,7 @@ template <typename Scalar>
 struct Probabilities : FormulaDefaults {
   static constexpr bool kTakesProbabilities = true;
   static constexpr bool kHasHardForm = true;
-  static constexpr bool kGradInputIsOneStage = true;
+  static constexpr bool kGradInputNeedsFirstStage = false;
 
   BCE_EXT_HOST_DEVICE explicit Probabilities(const double*) {}
 
@@ -94,7 +92,7 @@ struct Probabilities : FormulaDefaults {
     return terms;
   }
 
-  BCE_EXT_HOST_DEVICE bool has_hard_form() const { return true; }
+  BCE_EXT_HOST_DEVICE bool hard_form_serves() const { return true; }
 
   template <bool kRough = false, typename T>
   BCE_EXT_HOST_DEVICE T first_stage_of_hard(T q, T y) const {

@@ -114,7 +114,7 @@ void run_case(Reader& reader, std::ofstream& results) {
   problem.compute_in_double = reader.integer() != 0;
   problem.reduce = reader.integer() != 0;
   problem.ignores = reader.integer() != 0;
-  problem.hard_labels = reader.integer() != 0;
+  problem.checks_labels = reader.integer() != 0;
   problem.divisor = reader.real();
   problem.label_smoothing = reader.real();
   problem.ignore_index = reader.real();

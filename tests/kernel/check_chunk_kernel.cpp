@@ -175,7 +175,7 @@ bool check_codes(const char* name, Dtype dtype, T ignored, Isa isa) {
     problem.sizes[0] = n;
     problem.input = {input.data(), Dtype::Float, Layout::Flat, {}};
     problem.target = {target.data(), dtype, Layout::Flat, {}};
-    problem.hard_labels = dtype != Dtype::Float;
+    problem.checks_labels = dtype != Dtype::Float;
     problem.ignores = true;
     problem.ignore_index = static_cast<double>(ignored);
     problem.reduce = true;

@@ -258,6 +258,48 @@ def test_options_that_are_no_numbers(wrong: Any) -> None:
         F.linear_binary_cross_entropy_with_logits(x[None], torch.zeros(2, 3), torch.zeros(1, 2), label_smoothing=wrong)
 
 
+def test_an_ignore_index_that_is_not_a_number() -> None:
+    """No target equals NaN: it would leave nothing out, and say nothing."""
+    x, y, nan = torch.zeros(3), torch.zeros(3), float("nan")
+    for function in (
+        F.binary_cross_entropy_with_logits,
+        F.binary_cross_entropy,
+        F.sigmoid_focal_loss,
+        F.asymmetric_loss,
+        torch.ops.bce_ext.binary_cross_entropy_with_logits,
+        torch.ops.bce_ext.binary_cross_entropy,
+    ):
+        with pytest.raises(ValueError, match="expected ignore_index to be a number or None, but got nan"):
+            function(x, y, ignore_index=nan)
+    with pytest.raises(ValueError, match="expected ignore_index to be a number or None, but got nan"):
+        F.linear_binary_cross_entropy_with_logits(x, torch.zeros(2, 3), torch.zeros(2), ignore_index=nan)
+    with pytest.raises(ValueError, match="expected ignore_index to be a number or None, but got nan"):
+        bce_ext.BCEWithLogitsLoss(ignore_index=nan)(x, y)
+
+
+def test_parameters_that_require_grad() -> None:
+    """They are numbers: as such they would silently get no gradient."""
+    x, y = torch.zeros(3), torch.zeros(3)
+    number = torch.tensor(0.5)
+    torch.testing.assert_close(F.sigmoid_focal_loss(x, y, alpha=number), F.sigmoid_focal_loss(x, y, alpha=0.5))
+    for name in ("alpha", "gamma", "label_smoothing"):
+        with pytest.raises(
+            bce_ext.ArgumentTypeError, match=f"expected {name} to be a number, since it has no gradient"
+        ):
+            F.sigmoid_focal_loss(x, y, **{name: number.clone().requires_grad_()})
+
+
+@pytest.mark.parametrize("name", ["BCEWithLogitsLoss", "BCELoss"])
+def test_a_module_that_torch_has_initialised(name: str) -> None:
+    """As where a program exchanges the class of a module that is there."""
+    input, target = torch.tensor([0.2, 0.7]), torch.tensor([0.0, 1.0])
+    module = getattr(torch.nn, name)(weight=torch.tensor([1.0, 2.0]))
+    expected = module(input, target)
+    module.__class__ = getattr(bce_ext, name)
+    torch.testing.assert_close(module(input, target), expected)
+    assert repr(module) == f"{name}()"
+
+
 def test_an_ignore_index_beside_class_indices_that_no_target_has() -> None:
     """A user of cross_entropy expects -100 to leave the row out; here it is a row without a label."""
     input, linear_weight = torch.zeros(3, 2), torch.zeros(4, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -161,6 +162,34 @@ def test_dense_layouts_are_kept(layout: Layout, reduction: str, dtype: torch.dty
         assert loss.stride() == input.stride()
     (_, alone) = evaluate(input, target, None, None, reduction)
     assert alone.stride() == input.stride()
+
+
+def all_expanded(tensor: Tensor) -> Tensor:
+    return tensor[:1, :1, :1, :1].expand_as(tensor)
+
+
+def columns_expanded(tensor: Tensor) -> Tensor:
+    return channels_last(tensor)[..., :1].expand_as(tensor)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("target_layout", [*LAYOUTS, all_expanded, columns_expanded], ids=ids)
+@pytest.mark.parametrize("input_layout", [*LAYOUTS, all_expanded, columns_expanded], ids=ids)
+def test_losses_lie_in_memory_as_those_of_torch(
+    input_layout: Layout, target_layout: Layout, weighted: bool, device: str
+) -> None:
+    """What comes after the loss may be a view of it: with logits they have the order of the target, with probabilities that of the input."""
+    input = input_layout(make_logits(IMAGES, torch.float32, device))
+    target = target_layout(make_targets(IMAGES, torch.float32, device))
+    weight = make_weights((3, 1, 1), torch.float32, device) if weighted else None
+    for name, tensor in (("binary_cross_entropy_with_logits", input), ("binary_cross_entropy", input.sigmoid())):
+        arguments: dict[str, Any] = {"weight": weight, "reduction": "none"}
+        native = getattr(torch.nn.functional, name)
+        exact = native(tensor.double(), target.double(), None if weight is None else weight.double(), reduction="none")
+        for leaf in (tensor, tensor.detach().requires_grad_()):
+            loss = getattr(F, name)(leaf, target, **arguments)
+            assert loss.stride() == native(leaf, target, **arguments).stride()
+            torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])

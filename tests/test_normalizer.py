@@ -122,6 +122,18 @@ def test_the_normalizer_of_a_module(loss: Member, device: str) -> None:
 
 
 @every_formula
+@pytest.mark.parametrize("held", [5.0, torch.tensor(5.0), None], ids=["number", "tensor", "none"])
+def test_a_symbolic_trace_keeps_the_normalizer_of_a_module(loss: Member, held: float | Tensor | None) -> None:
+    input, target = problem(loss, 5, "cpu")
+    module = loss.make_module(**({"normalizer": held} if held is not None else {}))
+    traced = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(input, target), module(input, target), rtol=0, atol=0)
+    if held is not None:
+        given = torch.tensor(7.0)
+        torch.testing.assert_close(traced(input, target, given), module(input, target, given), rtol=0, atol=0)
+
+
+@every_formula
 def test_vmap_over_the_normalizer(loss: Member, device: str) -> None:
     input, target = problem(loss, 5, device, torch.float64)
     normalizers = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64, device=device)

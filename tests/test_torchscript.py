@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from callables import EVERY_FORMULA, Member
 from reference import REDUCTION_NUMBER, REDUCTIONS
 from torch import Tensor, nn
 
@@ -179,6 +181,28 @@ def test_the_operator_stays_one_node_of_the_graph() -> None:
 def test_an_optimised_frozen_module() -> None:
     module = torch.jit.freeze(torch.jit.script(WithLogits(1)).eval())
     torch.testing.assert_close(module(INPUT, TARGET), WithLogits(1)(INPUT, TARGET))
+
+
+class Holder(torch.nn.Module):
+    """A model that has its loss inside."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.loss(input.sigmoid(), target)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("freeze", [torch.jit.freeze, torch.jit.optimize_for_inference], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("normalizer", [None, 4.0], ids=["plain", "normalizer"])
+@pytest.mark.parametrize("loss", EVERY_FORMULA, ids=lambda loss: loss.name)
+def test_a_frozen_model_with_a_loss_inside(
+    loss: Member, normalizer: float | None, freeze: Callable[[torch.jit.ScriptModule], torch.jit.ScriptModule]
+) -> None:
+    module = Holder(loss.make_module(reduction="mean", normalizer=normalizer)).eval()
+    frozen = freeze(torch.jit.script(module))
+    torch.testing.assert_close(frozen(INPUT, TARGET), module(INPUT, TARGET), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

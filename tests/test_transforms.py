@@ -176,6 +176,20 @@ def test_gradcheck_in_all_modes(formula: str, loss: Loss, weighted: str, reducti
     assert gradgradcheck(case.ours, leaves, check_fwd_over_rev=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize(("formula", "loss"), OPERATORS)
+def test_reverse_over_forward_mode(formula: str, loss: Loss, reduction: str, device: str) -> None:
+    case = Case(formula, loss, "plain", reduction, device)
+    gradients = []
+    for function in (case.ours, case.formula):
+        leaf = case.input.clone().requires_grad_()
+        with fwAD.dual_level():
+            output = function(fwAD.make_dual(leaf, torch.ones_like(leaf)), case.target)
+            tangent = fwAD.unpack_dual(output).tangent
+            assert tangent is not None
+            gradients.append(torch.autograd.grad(tangent.sum(), leaf)[0])
+    same(*gradients)
+
+
 @pytest.mark.parametrize("weighted", WEIGHTED)
 @pytest.mark.parametrize(("formula", "loss"), OPERATORS)
 def test_third_derivative(formula: str, loss: Loss, weighted: str, reduction: str, device: str) -> None:

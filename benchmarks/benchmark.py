@@ -27,6 +27,7 @@ from memory import run_memory
 from report import environment, write_csv
 from sweep import run_sweep
 from terminal import print_table, say
+from transforms import run_transforms
 
 HAS_MATPLOTLIB = find_spec("matplotlib") is not None
 if HAS_MATPLOTLIB:
@@ -87,7 +88,10 @@ def main() -> None:
         "--aims", action="store_true", help="the speed and memory that are aimed at on a CPU, and the grid"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=("aims", "family", "limit", "sweep", "memory", "grid"), help="only these parts"
+        "--only",
+        nargs="+",
+        choices=("aims", "family", "transforms", "limit", "sweep", "memory", "grid"),
+        help="only these parts",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -113,6 +117,10 @@ def main() -> None:
     if "family" in parts:
         rows = run_family(args.device, args.threads, plan.seconds, plan.min_rounds)
         write_csv(output / "family.csv", rows)
+    if "transforms" in parts:
+        sizes = tuple(2**exponent for exponent in plan.exponents if exponent in (10, 16, 20))
+        rows = run_transforms(args.device, sizes, plan.seconds, plan.min_rounds)
+        write_csv(output / "transforms.csv", rows)
     if "limit" in parts:
         write_csv(output / "limit.csv", run_limit(args.device, args.threads, plan.seconds, plan.min_rounds))
     if "sweep" in parts:

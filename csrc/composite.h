@@ -1,6 +1,6 @@
 // The loss and its gradient as differentiable formulas in ATen operations. They serve every caller that the fused
-// kernels do not: functorch transforms, forward-mode AD, double backward, weights that require grad, and devices
-// without a kernel.
+// kernels do not: forward-mode AD, double backward, gradients inside of transforms, weights that require grad, and
+// devices without a kernel.
 #pragma once
 
 #include "ops.h"

@@ -244,11 +244,7 @@ std::tuple<Tensor, Tensor> backward_autograd(const Arguments& arguments, const T
 Tensor loss_autograd(const Arguments& arguments, bool reduce, c10::SymInt divisor, at::ScalarType dtype) {
   check_arguments(arguments);
   check_loss_dtype(dtype);
-  if (needs_graph(arguments) || needs_composite(arguments)) {
-    if (!reduce) return composite_loss(arguments, at::Reduction::None, dtype);
-    const Tensor sum = composite_loss(arguments, at::Reduction::Sum, dtype);
-    return sum / at::scalar_tensor(divisor, sum.options());
-  }
+  if (needs_graph(arguments) || needs_composite(arguments)) return composite_loss(arguments, reduce, divisor, dtype);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return bce_loss(arguments, reduce, std::move(divisor), dtype);
 }

@@ -225,12 +225,16 @@ std::tuple<Tensor, Tensor> backward_by_autograd(const Arguments& arguments, cons
 }  // namespace
 
 Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype) {
+  return composite_loss(arguments, reduction != at::Reduction::None, divisor_of(arguments, reduction), dtype);
+}
+
+Tensor composite_loss(const Arguments& arguments, bool reduce, const c10::SymInt& divisor, at::ScalarType dtype) {
   check_labels(arguments);
   const Tensor loss = elementwise_loss(arguments, Operands(arguments, dtype));
-  if (reduction == at::Reduction::None) return loss.to(dtype);
+  if (!reduce) return loss.to(dtype);
   // Sums are taken in float64, as in the kernels; not every device without kernels has it.
   const Tensor sum = has_kernel(arguments.input) ? loss.sum(at::kDouble) : loss.sum();
-  return divided(sum, arguments, divisor_of(arguments, reduction)).to(dtype);
+  return divided(sum, arguments, divisor).to(dtype);
 }
 
 std::tuple<Tensor, Tensor> composite_backward(const Arguments& arguments, const Tensor& grad_output,

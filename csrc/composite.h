@@ -8,6 +8,8 @@
 namespace bce_ext {
 
 Tensor composite_loss(const Arguments& arguments, int64_t reduction, at::ScalarType dtype);
+// With a divisor, as the internal operators have it.
+Tensor composite_loss(const Arguments& arguments, bool reduce, const c10::SymInt& divisor, at::ScalarType dtype);
 
 // The gradients with respect to input and target of sum(grad_output * loss) / (divisor * normalizer). What output_mask
 // does not ask for is an empty tensor.

@@ -13,15 +13,30 @@
 namespace bce_ext {
 namespace {
 
+// The operand that is mapped by the innermost of the vmaps that map any; null if none does.
+const Tensor* innermost(const Arguments& arguments) {
+  const Tensor* mapped = nullptr;
+  int64_t level = -1;
+  const auto see = [&](const Tensor& operand) {
+    const auto* const batched = at::functorch::maybeGetBatchedImpl(operand);
+    if (batched == nullptr || batched->level() <= level) return;
+    mapped = &operand;
+    level = batched->level();
+  };
+  see(arguments.input);
+  see(arguments.target);
+  if (is_defined(arguments.weight)) see(*arguments.weight);
+  if (is_defined(arguments.pos_weight)) see(*arguments.pos_weight);
+  return mapped;
+}
+
 // The tensors that a vmap maps over, their batch in front. While this lives, operations are of the level below.
 class Batch {
  public:
-  explicit Batch(const Arguments& arguments) : below_(c10::DispatchKey::FuncTorchBatched) {
-    see(arguments.input);
-    see(arguments.target);
-    if (is_defined(arguments.weight)) see(*arguments.weight);
-    if (is_defined(arguments.pos_weight)) see(*arguments.pos_weight);
-  }
+  explicit Batch(const at::functorch::BatchedTensorImpl& mapped)
+      : level_(mapped.level()),
+        size_(mapped.value().sym_size(mapped.bdim())),
+        below_(c10::DispatchKey::FuncTorchBatched) {}
 
   // A batch of operands of `rank` dimensions, or an operand that broadcasts to each of a batch.
   Tensor underneath(const Tensor& operand, int64_t rank) const {
@@ -47,20 +62,13 @@ class Batch {
   Tensor wrapped(Tensor tensor) const { return at::functorch::makeBatched(std::move(tensor), 0, level_); }
 
  private:
-  void see(const Tensor& operand) {
-    const auto* const batched = at::functorch::maybeGetBatchedImpl(operand);
-    if (batched == nullptr || batched->level() <= level_) return;
-    level_ = batched->level();
-    size_ = batched->value().sym_size(batched->bdim());
-  }
-
   const at::functorch::BatchedTensorImpl* at_level(const Tensor& operand) const {
     const auto* const batched = at::functorch::maybeGetBatchedImpl(operand);
     return batched != nullptr && batched->level() == level_ ? batched : nullptr;
   }
 
-  int64_t level_ = -1;  // of the innermost vmap
-  c10::SymInt size_;
+  const int64_t level_;
+  const c10::SymInt size_;
   const c10::impl::ExcludeDispatchKeyGuard below_;
 };
 
@@ -72,6 +80,16 @@ bool has_one_device(const Arguments& arguments) {
   return !is_defined(arguments.normalizer) && is_here(arguments.weight) && is_here(arguments.pos_weight);
 }
 
+// Whether nothing but vmaps is inside of the transform that maps the arguments. A derivative in between wraps what comes
+// back from the levels below, so that it is no batch to look at.
+bool is_of_innermost_transform(const Arguments& arguments) {
+  const Tensor* const mapped = innermost(arguments);
+  if (mapped == nullptr) return false;
+  const Tensor alias = mapped->alias();
+  const auto* const batched = at::functorch::maybeGetBatchedImpl(alias);
+  return batched != nullptr && batched->level() == at::functorch::maybeGetBatchedImpl(*mapped)->level();
+}
+
 // The loss of each example, from those of its elements, which `losses_of(arguments, dtype)` computes.
 template <typename LossesOf>
 Tensor loss_of_each(const Arguments& arguments, bool reduce, const c10::SymInt& divisor, at::ScalarType dtype,
@@ -79,14 +97,14 @@ Tensor loss_of_each(const Arguments& arguments, bool reduce, const c10::SymInt& 
   const int64_t rank = arguments.input.dim();
   const bool in_double = dtype == at::kDouble || arguments.input.scalar_type() == at::kDouble ||
                          arguments.target.scalar_type() == at::kDouble;
-  const Batch batch(arguments);
+  const Batch batch(*at::functorch::maybeGetBatchedImpl(*innermost(arguments)));
   const Tensor input = batch.expanded(arguments.input), target = batch.expanded(arguments.target);
   const OptionalTensor weight = batch.underneath(arguments.weight, rank),
                        pos_weight = batch.underneath(arguments.pos_weight, rank);
   const Arguments of_batch{
       input, target, weight, pos_weight, arguments.normalizer, arguments.formula, arguments.options};
   if (!reduce) return batch.wrapped(losses_of(of_batch, dtype));
-  // Summed in float64 and rounded once, as without a batch.
+  // Losses are rounded to the type of the arithmetic, and their sum, in float64, once.
   Tensor losses = losses_of(of_batch, in_double ? at::kDouble : at::kFloat);
   c10::SmallVector<int64_t, 8> dims(rank);
   std::iota(dims.begin(), dims.end(), 1);
@@ -100,7 +118,7 @@ Tensor bce_vmap(const Arguments& arguments, int64_t reduction, std::optional<at:
   const at::ScalarType dtype = given_dtype.value_or(loss_dtype(arguments));
   check_loss_dtype(dtype);
   const bool counts = reduction == at::Reduction::Mean && arguments.ignore_index().has_value();
-  if (counts || !has_one_device(arguments) || !has_kernel(arguments.input)) {
+  if (counts || !has_one_device(arguments) || !has_kernel(arguments.input) || !is_of_innermost_transform(arguments)) {
     const OptionalTensor normalizer = normalizer_of(arguments, reduction);
     return composite_loss(arguments.with_normalizer(normalizer), reduction, dtype);
   }
@@ -113,9 +131,8 @@ Tensor bce_vmap(const Arguments& arguments, int64_t reduction, std::optional<at:
 Tensor loss_vmap(const Arguments& arguments, bool reduce, c10::SymInt divisor, at::ScalarType dtype) {
   check_arguments(arguments);
   check_loss_dtype(dtype);
-  if (!has_one_device(arguments)) {
-    const Tensor loss = composite_loss(arguments, reduce ? at::Reduction::Sum : at::Reduction::None, dtype);
-    return reduce ? loss / at::Scalar(divisor) : loss;
+  if (!has_one_device(arguments) || !is_of_innermost_transform(arguments)) {
+    return composite_loss(arguments, reduce, divisor, dtype);
   }
   const auto losses_of = [](const Arguments& of_batch, at::ScalarType of_losses) {
     return bce_loss(of_batch, /*reduce=*/false, 1, of_losses);

@@ -171,6 +171,45 @@ def test_gradients_inside_of_the_vmap(loss: Member, reduction: str, device: str)
         torch.testing.assert_close(torch.stack(each), expected)
 
 
+@every_formula
+@pytest.mark.parametrize("outer", ["target", "weight", "input"])
+@pytest.mark.parametrize("between", ["grad", "jvp", "vmap"])
+def test_an_operand_that_only_an_outer_vmap_maps(loss: Member, between: str, outer: str, device: str) -> None:
+    """The innermost vmap maps none of the operands, and a derivative of something else may be between both."""
+    input, target = (t.double() for t in problem(loss, (4, 3), device))
+    weight = torch.rand(3, dtype=torch.float64, device=device)
+    factors = torch.tensor([0.5, -2.0], dtype=torch.float64, device=device)
+    batches = {
+        "input": loss.make_input((2, 4, 3), torch.float64, device),
+        "target": torch.stack([target, 1 - target]),
+        "weight": torch.stack([weight, 2 * weight]),
+    }
+
+    def of_outer(mapped: Tensor) -> Tensor:
+        operands = {"input": input, "target": target, "weight": weight} | {outer: mapped}
+        other = "input" if outer != "input" else "target"  # that is differentiated
+
+        def total(x: Tensor) -> Tensor:
+            return vmap(lambda factor: factor * loss(**(operands | {other: x})))(factors).sum()
+
+        if between == "grad":
+            return grad(total)(operands[other])
+        if between == "jvp":
+            return torch.func.jvp(total, (operands[other],), (torch.ones_like(operands[other]),))[1]
+        return vmap(total)(torch.stack([operands[other]] * 2))
+
+    expected = torch.stack([of_outer(each) for each in batches[outer]])
+    torch.testing.assert_close(vmap(of_outer)(batches[outer]), expected)
+
+
+@every_formula
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives_of_an_example_of_nothing(loss: Member, reduction: str, device: str) -> None:
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    hessian = torch.func.hessian(lambda x: loss(x, nothing, reduction=reduction))(nothing)
+    assert hessian.shape == (0, 0)
+
+
 @pytest.mark.parametrize("loss", [loss for loss in EVERY_FORMULA if loss.of_logits], ids=lambda loss: loss.name)
 def test_integer_targets_are_checked(loss: Member) -> None:
     input = loss.make_input((BATCH, 4), torch.float32, "cpu")

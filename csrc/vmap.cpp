@@ -80,8 +80,8 @@ bool has_one_device(const Arguments& arguments) {
   return !is_defined(arguments.normalizer) && is_here(arguments.weight) && is_here(arguments.pos_weight);
 }
 
-// Whether nothing but vmaps is inside of the transform that maps the arguments. A derivative in between wraps what comes
-// back from the levels below, so that it is no batch to look at.
+// Whether nothing but vmaps is inside of the transform that maps the arguments. A derivative in between wraps what
+// comes back from the levels below, so that it is no batch to look at.
 bool is_of_innermost_transform(const Arguments& arguments) {
   const Tensor* const mapped = innermost(arguments);
   if (mapped == nullptr) return false;

@@ -86,10 +86,9 @@ def is_infinite_operand(grid: Grid, what: str) -> Tensor:
     return torch.stack([y, *weights]).isinf().any(0)
 
 
-def is_target_gradient_at_the_end(grid: Grid, what: str) -> Tensor:
-    x = grid.operands["x"]
-    at_the_end = x.isinf() if grid.loss.of_logits else (x == 0) | (x == 1)
-    return at_the_end if what == "grad_target" else torch.zeros_like(at_the_end)
+def is_target_gradient_at_infinity(grid: Grid, what: str) -> Tensor:
+    at_infinity = grid.operands["x"].isinf()
+    return at_infinity if what == "grad_target" else torch.zeros_like(at_infinity)
 
 
 def is_nan_weight_at_infinity(grid: Grid, what: str) -> Tensor:
@@ -102,11 +101,7 @@ LOGIT_LOSSES = ("with_logits", "focal", "asymmetric")
 # Condition, losses, paths: the rows of the table "Where our own paths differ" of docs/compatibility.md, in its order.
 DIFFERENCES: dict[str, tuple[Callable[[Grid, str], Tensor], tuple[str, ...], tuple[str, ...]]] = {
     "an infinite target, weight or positive weight": (is_infinite_operand, LOGIT_LOSSES, EVERY_PATH),
-    "the gradient of a target at an infinite logit, or a probability of 0 or 1": (
-        is_target_gradient_at_the_end,
-        ("with_logits", "probabilities", "focal"),
-        EVERY_PATH,
-    ),
+    "the gradient of a target at an infinite logit": (is_target_gradient_at_infinity, ("focal",), EVERY_PATH),
     "a NaN weight beside an infinite logit": (is_nan_weight_at_infinity, ("focal",), EVERY_PATH),
 }
 
